@@ -1,0 +1,1527 @@
+"""CMIL, conservative model-based imitation learning from pixels, in one file.
+
+Kolev, Rafailov, Hatch, Wu, Finn: "Efficient Imitation Learning with Conservative World Models",
+L4DC 2024 (arXiv 2405.13193). From 10-20 demonstrations and no reward, learn
+  a world model with an ensemble of latent priors, a discriminator on latent state-action pairs (the
+  only reward, minus the ensemble's disagreement), and an actor and a critic ensemble inside the model.
+
+    python cmil.py --env kitchen                      train (the same command resumes)
+    python cmil.py --eval runs/kitchen-cmil-s0 --episodes 100 --video rollout.gif
+    python cmil.py --plot runs/kitchen-cmil-s0 --out curve.png
+    python cmil.py --bench --preset paper
+
+EQUATIONS   [P] the L4DC paper, [W] its workshop version; both number their own, so the key says which.
+  [P1]  world model    max E_q[ sum_t log p(x_t|s_t) - KL(q(s_t|x_t,s_{t-1},a_{t-1}) || T_i(s_t|s_{t-1},a_{t-1})) ]
+  [P8]  discriminator  min_D -mean log D(s^E,a^E) - mean log(1 - D(s,a))        expert is 1, policy is 0
+  [P9]  mismatch       u(s,a) = std_i mu_i(s,a)       mu_i: mean of the i-th prior; then the mean over dims
+  [P10] reward         r(s,a) = log D - log(1-D) - alpha u(s,a)      the first two terms are D's logit
+  [W-]  values         V_0(s_t) = min_i Q_i(s_t,a_t)
+  [W5]  TD(lambda)     V(s_t) = (1-l) sum_{k=1}^{H-t-1} l^{k-1} V_k(s_t) + l^{H-t-1} V_{H-t}(s_t)
+  [W6]  actor          L = -mean_{t<H}[ l V(s_t) + (1-l) V_0(s_t) ] + beta BC(expert)
+  [W7]  critic, model  L = mean_{t<H} (Q_i(s_t,a_t) - Vbar(s_t))^2          bar: with the target critics
+  [W8]  critic, data   L = mean_j (Q_i(s_j,a_j) - (r_j + g((1-l) Vbar_0(s_{j+1}) + l Vbar(s_{j+1}))))^2
+  [W9]  critic         [W7] + [W8]
+
+SYMBOLS     L window length, B windows, N = L B imagination starts, H horizon, K prior heads, m critics,
+            A action size, E embedding, S stoch, D deter, F = S + D feat.   Tensors are time-major.
+            post = q(s_t|...), prior = T_i(s_t|...), feat = [stoch, deter], logit = D before its sigmoid.
+
+TIME        action[t] LED TO image[t] (row 0: the reset image, a zero action). The paper's pair (s_t, a_t)
+            is therefore (feat[t], action[t+1]); state_action_pairs() is the only place that makes it.
+
+                row t       0        1        2        3
+                image       x0       x1       x2       x3
+                action      0        a0       a1       a2         stored: what led here
+                feat        s0       s1       s2       s3
+                pairs    (s0,a0)  (s1,a1)  (s2,a2)                one fewer than rows
+
+ALGORITHM   load the demos into the replay
+            repeat `pretrain` times: one step of [P1] and of behaviour cloning, on the demos
+            seed rounds: run the cloned policy in the environment, no updates
+            repeat: run the policy; for every environment step, `train_ratio` times:
+                windows of the replay (R) and of the demos (E) -> posterior states      Agent.update
+                world model        step on [P1], R
+                imagine            from every posterior of R: H steps of policy and prior
+                discriminator      step on [P8], pairs of E against imagined pairs
+                actor              step on [W6], through dynamics, D, disagreement, critics
+                critics            step on [W9]; every `target_every` updates copy them to the targets
+
+DEPARTURES  from the released code are numbered in README.md, each with its line here.
+"""
+import argparse
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import platform
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ------------------------------------------------------------------------------------------------
+# Configuration: every field is a flag. The defaults are the paper-size run; presets override them.
+# ------------------------------------------------------------------------------------------------
+
+
+def opt(default, text, choices=None):
+    """A config field: its default, one sentence of help, the values it may take."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclasses.dataclass
+class Config:
+    # What to run
+    env: str = opt("kitchen", "kitchen, point, or any Gymnasium id or module:Id with --demos")
+    algo: str = opt("cmil", "the method: a row of the table ALGOS")
+    preset: str = opt("auto", "sizes and schedule; auto: paper on CUDA, small elsewhere",
+                      ("auto", "paper", "small", "debug"))
+    seed: int = opt(0, "seeds networks, sampling and environments")
+    logdir: str = opt("", "the run's folder; empty: runs/<env>-<algo>-s<seed>")
+    steps: int = opt(250_000, "environment steps in all, seed rounds included [P]")
+    minutes: float = opt(0.0, "stop cleanly after so many minutes of wall time; 0: never")
+    device: str = opt("auto", "cpu, cuda, or auto")
+    threads: int = opt(0, "CPU threads of the learner; 0: torch's own choice")
+    precision: str = opt("auto", "bfloat16 autocast on convolutions and MLPs, or float32; "
+                         "auto: bfloat16 on CUDA", ("auto", "float32", "bfloat16"))
+    # Environment and demonstrations
+    tasks: str = opt("", "kitchen: tasks joined by +, such as microwave+kettle; empty: all four")
+    episode_steps: int = opt(0, "episode length; 0: the environment's own")
+    robot_noise_ratio: float = opt(0.01, "kitchen: the robot's observation and actuation noise")
+    num_envs: int = opt(5, "environments in lockstep [C: 2 updates every 5 steps]")
+    demos: str = opt("", "file or folder of demonstrations; empty: those that ship with env")
+    num_demos: int = opt(0, "use so many demonstrations; 0: all (point: 10)")
+    # Logging
+    log_every: int = opt(100, "updates between two lines of metrics")
+    eval_every: int = opt(5_000, "environment steps between two evaluations")
+    eval_episodes: int = opt(10, "episodes an evaluation")
+    eval_sample: bool = opt(False, "evaluate with sampled actions and latents, not the modes")
+    checkpoint_minutes: float = opt(5.0, "minutes between two checkpoints")
+    # Network sizes [C]
+    conv_depth: int = opt(48, "channels of the first convolution; doubles with every layer")
+    stoch: int = opt(360, "S, Gaussian latent dimensions")
+    deter: int = opt(400, "D, GRU state")
+    hidden: int = opt(400, "hidden units inside the RSSM")
+    members: int = opt(10, "K, prior heads in the ensemble")
+    units: int = opt(400, "hidden units of actor and critics")
+    layers: int = opt(4, "hidden layers of actor and critics")
+    critics: int = opt(2, "m, critics in the ensemble")
+    disc_units: int = opt(200, "hidden units of the discriminator")
+    disc_layers: int = opt(2, "hidden layers of the discriminator")
+    # Batches and schedule [C]
+    batch: int = opt(32, "B, windows from the replay, and as many from the demos")
+    length: int = opt(50, "L, steps a window")
+    horizon: int = opt(15, "H, imagined steps")
+    pretrain: int = opt(1000, "updates of world model and behaviour cloning on the demos alone")
+    seed_steps: int = opt(5000, "environment steps with the cloned policy before more updates")
+    train_ratio: float = opt(0.4, "updates for each environment step")
+    offline: bool = opt(False, "never act: as many updates as an online run, from the demos alone")
+    # Losses
+    free_nats: float = opt(1.0, "KL below this is free (after the mean over batch and time) [D2]")
+    kl_balance: float = opt(0.8, "share of the KL that trains the prior [D2]")
+    reward: str = opt("logit", "[P10] logit; sigmoid as in [C]; none: cloning only, no adversary",
+                      ("logit", "sigmoid", "none"))
+    alpha: float = opt(10.0, "weight of the disagreement penalty [P10]")
+    beta: float = opt(10.0, "weight of behaviour cloning in the actor's loss [P]")
+    sigma: float = opt(math.sqrt(2.5), "std of the discriminator's input noise [P: sigma^2 = 2.5]")
+    reward_noise: bool = opt(False, "[C]: the noise also acts inside the imagined reward")
+    target: str = opt("min", "critic target: min over target critics [W], or one random one [C]",
+                      ("min", "random"))
+    data_critic: bool = opt(True, "[W8]: the critic's loss on real transitions")
+    actor_discount: bool = opt(True, "weight the actor's loss at step t by gamma^t [C]")
+    critic_discount: bool = opt(True, "weight the model critic's loss by gamma^(t+1) [C]")
+    gamma: float = opt(0.99, "g, discount [C]")
+    lam: float = opt(0.95, "l of TD(lambda) [C]")
+    entropy: float = opt(1e-4, "weight of the policy's entropy [C]")
+    # Optimizers [C]
+    lr: float = opt(3e-4, "Adam's learning rate")
+    disc_lr: float = opt(3e-4, "the discriminator's")
+    adam_eps: float = opt(1e-5, "Adam's epsilon")
+    clip: float = opt(100.0, "global gradient norm of each network")
+    weight_decay: float = opt(1e-6, "every step multiplies the weights by 1 minus this")
+    target_every: int = opt(100, "updates between two copies of the critics to the targets")
+
+
+PRESETS = {
+    "paper": {},
+    "small": dict(
+        steps=10_000, eval_every=1_000, eval_episodes=20, num_envs=5, conv_depth=8, stoch=32, deter=128, hidden=128,
+        members=5, units=128, layers=2, disc_units=128, batch=8, length=16, horizon=8,
+        seed_steps=1000, lr=5e-4, disc_lr=5e-4, alpha=1.0),
+    "debug": dict(
+        steps=400, log_every=10, eval_every=200, eval_episodes=2, num_envs=2, num_demos=2,
+        conv_depth=4, stoch=8, deter=16, hidden=16, members=3, units=16, layers=2, disc_units=16,
+        batch=4, length=8, horizon=4, pretrain=20, seed_steps=100, train_ratio=0.1),
+}
+
+# What an environment needs beside its preset: (env, preset) -> overrides.
+ENV_PRESETS = {
+    ("kitchen", "small"): dict(episode_steps=200),  # the expert is done by ~160 and then rests
+}
+
+# A method that differs from CMIL by configuration alone is a row here.
+ALGOS = {
+    "cmil": {},
+    "dbc": dict(offline=True, reward="none"),  # CMIL's own start, trained on [T: D-BC]
+}
+
+# A resumed run may change these; any other difference is refused.
+RESUME_MAY_CHANGE = ("steps", "minutes", "log_every", "eval_every", "eval_episodes",
+                     "checkpoint_minutes", "threads", "logdir")
+
+# ------------------------------------------------------------------------------------------------
+# Helpers
+# ------------------------------------------------------------------------------------------------
+
+
+def die(message):
+    """Print one line and exit with code 2: the end of every mistake of the user's."""
+    print(f"cmil: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def state_action_pairs(feat, action):
+    """Rows in stored order -> the paper's pairs (s_t, a_t). The only place that does so.
+
+    feat (T, ..., F), action (T, ..., A), where action[t] led to feat[t]
+    -> s (T-1, ..., F), a (T-1, ..., A)
+    """
+    return feat[:-1], action[1:]
+
+
+def to_float(image):
+    """uint8 (..., 64, 64, 3) -> float (..., 3, 64, 64) in [-0.5, 0.5]; memory stays channels-last."""
+    return (image.float() / 255 - 0.5).movedim(-1, -3)
+
+
+def to_uint8(image):
+    """The inverse of to_float, clipped: (..., 3, 64, 64) -> uint8 (..., 64, 64, 3)."""
+    return ((image.float().movedim(-3, -1) + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def bootstrap_ci(values, draws=10_000):
+    """95% bootstrap confidence interval of the mean of a 1-D array -> (low, high)."""
+    values = np.asarray(values, np.float64)
+    index = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    low, high = np.percentile(values[index].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+# ------------------------------------------------------------------------------------------------
+# Distributions
+# ------------------------------------------------------------------------------------------------
+
+
+def kl_normal(mean_p, std_p, mean_q, std_q):
+    """KL(p || q) of diagonal Gaussians, summed over the last dimension: (..., S) -> (...)."""
+    ratio = std_p / std_q
+    return (0.5 * (ratio**2 + ((mean_p - mean_q) / std_q) ** 2 - 1) - ratio.log()).sum(-1)
+
+
+class TruncatedNormal:
+    """Independent normals truncated to [-1, 1], with loc inside: the policy's distribution.
+
+    loc, scale (..., A), float32. log_prob and entropy sum over A and are exact.
+    """
+
+    def __init__(self, loc, scale):
+        self.loc, self.scale = loc, scale
+        self.low, self.high = (-1 - loc) / scale, (1 - loc) / scale
+        self.cdf_low = torch.special.ndtr(self.low)
+        self.mass = torch.special.ndtr(self.high) - self.cdf_low  # what lies inside
+
+    @property
+    def mode(self):
+        return self.loc
+
+    def rsample(self):
+        """A reparameterised sample (..., A), by the inverse cdf of a uniform number."""
+        p = self.cdf_low + torch.rand_like(self.loc) * self.mass
+        x = self.loc + self.scale * torch.special.ndtri(p.clamp(1e-6, 1 - 1e-6))
+        inside = x.clamp(-1 + 1e-6, 1 - 1e-6)
+        return x + (inside - x).detach()  # clipped value, unclipped gradient (straight-through)
+
+    def log_prob(self, x):
+        """x (..., A) -> (...). Demo actions reach +-1, where the density is still positive."""
+        z = (x.clamp(-1 + 1e-6, 1 - 1e-6) - self.loc) / self.scale
+        log_density = -0.5 * z**2 - 0.5 * math.log(2 * math.pi) - self.scale.log()
+        return (log_density - self.mass.log()).sum(-1)
+
+    def entropy(self):
+        """(...): log(sqrt(2 pi e) scale mass) + (low phi(low) - high phi(high)) / (2 mass)."""
+        def phi(x):
+            return torch.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+        edge = (self.low * phi(self.low) - self.high * phi(self.high)) / (2 * self.mass)
+        log_scale = (self.scale * self.mass).log() + 0.5 * math.log(2 * math.pi * math.e)
+        return (log_scale + edge).sum(-1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Networks
+# ------------------------------------------------------------------------------------------------
+
+
+def initialize(module):
+    """Glorot-uniform weights and zero biases, as the released code's Keras layers; in place."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return module
+
+
+def mlp(inputs, units, layers, outputs):
+    """`layers` hidden layers of ELU units, then a linear output."""
+    sizes = [inputs] + [units] * layers
+    hidden = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ELU())]
+    return nn.Sequential(*hidden, nn.Linear(sizes[-1], outputs))
+
+
+class EnsembleMLP(nn.Module):
+    """K MLPs of one shape side by side, evaluated by one batched matrix product a layer."""
+
+    def __init__(self, heads, inputs, units, layers, outputs):
+        super().__init__()
+        sizes = [inputs] + [units] * layers + [outputs]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for i, o in zip(sizes, sizes[1:]):
+            weight = torch.empty(heads, i, o)
+            for head in weight:  # head by head: on the 3-D tensor xavier would get the fan wrong
+                nn.init.xavier_uniform_(head)
+            self.weights.append(nn.Parameter(weight))
+            self.biases.append(nn.Parameter(torch.zeros(heads, 1, o)))
+
+    def forward(self, x, member=None):
+        """Every head on the same input:       x (N, in)                  -> (K, N, out)
+        one drawn head for each time step:  x (T, N, in), member (T,)  -> (T, N, out)"""
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            if member is not None:
+                weight, bias = weight[member], bias[member]  # (T, in, out), (T, 1, out)
+            x = F.elu(x) if i else x.expand(weight.shape[0], *x.shape[-2:])
+            x = torch.baddbmm(bias, x, weight)
+        return x.float()
+
+
+class Encoder(nn.Module):
+    """Image -> embedding: four convolutions, kernel 4, stride 2 (64 -> 31 -> 14 -> 6 -> 2)."""
+
+    def __init__(self, depth):
+        super().__init__()
+        channels = [3, depth, 2 * depth, 4 * depth, 8 * depth]
+        self.layers = nn.Sequential(*(m for i, o in zip(channels, channels[1:])
+                                      for m in (nn.Conv2d(i, o, 4, 2), nn.ELU())))
+        self.size = 32 * depth  # E
+
+    def forward(self, image):
+        """uint8 (..., 64, 64, 3) -> (..., E)"""
+        x = self.layers(to_float(image).flatten(0, -4))
+        return x.flatten(1).float().unflatten(0, image.shape[:-3])
+
+
+class Decoder(nn.Module):
+    """feat -> mean of p(x|s): four transposed convolutions, stride 2 (1 -> 5 -> 13 -> 30 -> 64)."""
+
+    def __init__(self, depth, feat):
+        super().__init__()
+        self.input = nn.Linear(feat, 32 * depth)
+        self.layers = nn.Sequential(
+            nn.ConvTranspose2d(32 * depth, 4 * depth, 5, 2), nn.ELU(),
+            nn.ConvTranspose2d(4 * depth, 2 * depth, 5, 2), nn.ELU(),
+            nn.ConvTranspose2d(2 * depth, depth, 6, 2), nn.ELU(),
+            nn.ConvTranspose2d(depth, 3, 6, 2)).to(memory_format=torch.channels_last)
+
+    def forward(self, feat):
+        """(..., F) -> (..., 3, 64, 64)"""
+        x = self.input(feat.flatten(0, -2))[..., None, None]
+        return self.layers(x).float().unflatten(0, feat.shape[:-1])
+
+
+class Actor(nn.Module):
+    """pi(a|s): a truncated normal on [-1, 1]."""
+
+    def __init__(self, feat, action, units, layers):
+        super().__init__()
+        self.layers = mlp(feat, units, layers, 2 * action)
+
+    def forward(self, feat):
+        """(..., F) -> TruncatedNormal over (..., A)"""
+        loc, scale = self.layers(feat).float().chunk(2, -1)
+        return TruncatedNormal(torch.tanh(loc), 2 * torch.sigmoid(scale / 2) + 0.1)
+
+
+class Discriminator(nn.Module):
+    """D(s, a): the probability that a pair is the expert's (expert is 1, policy is 0)."""
+
+    def __init__(self, feat, action, units, layers):
+        super().__init__()
+        self.layers = mlp(feat + action, units, layers, 1)
+
+    def forward(self, s, a, sigma=0.0):
+        """s (..., F), a (..., A) -> logit (...); sigma: noise on the whole input."""
+        x = torch.cat([s, a], -1)
+        if sigma:
+            x = x + sigma * torch.randn_like(x)
+        return self.layers(x).float().squeeze(-1)
+
+
+class Critics(nn.Module):
+    """Q_1..Q_m(s, a)."""
+
+    def __init__(self, count, feat, action, units, layers):
+        super().__init__()
+        self.heads = EnsembleMLP(count, feat + action, units, layers, 1)
+
+    def forward(self, s, a):
+        """s (..., F), a (..., A) -> (m, ...)"""
+        x = torch.cat([s, a], -1)
+        return self.heads(x.flatten(0, -2)).squeeze(-1).unflatten(-1, x.shape[:-1])
+
+
+# ------------------------------------------------------------------------------------------------
+# World model: an RSSM with an ensemble of priors
+# ------------------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """Latent states with any leading shape. mean and std are of the distribution stoch is from."""
+    stoch: torch.Tensor  # (..., S)
+    deter: torch.Tensor  # (..., D)
+    mean: torch.Tensor   # (..., S)
+    std: torch.Tensor    # (..., S)
+
+    @property
+    def feat(self):
+        return torch.cat([self.stoch, self.deter], -1)  # (..., F)
+
+    def map(self, function):
+        return State(*(function(x) for x in self))
+
+
+class RSSM(nn.Module):
+    """s_t = (deter_t, stoch_t): deter_t = GRU(deter_{t-1}, stoch_{t-1}, a_{t-1}), shared;
+    posterior q(stoch_t | deter_t, x_t); K priors T_i(stoch_t | deter_t), one head each."""
+
+    def __init__(self, c, action, embed):
+        super().__init__()
+        self.input = nn.Linear(c.stoch + action, c.hidden)
+        self.gru = nn.Linear(c.hidden + c.deter, 3 * c.deter)
+        self.norm = nn.LayerNorm(3 * c.deter, eps=1e-3)
+        self.post_hidden = nn.Linear(c.deter + embed, c.hidden)
+        self.post_output = nn.Linear(c.hidden, 2 * c.stoch)
+        self.priors = EnsembleMLP(c.members, c.deter, c.hidden, 1, 2 * c.stoch)
+        self.stoch, self.deter, self.members = c.stoch, c.deter, c.members
+
+    def initial(self, batch):
+        """The zero state (batch, ...), before anything is seen."""
+        weight = self.gru.weight
+        stoch, deter = weight.new_zeros(batch, self.stoch), weight.new_zeros(batch, self.deter)
+        return State(stoch, deter, stoch, torch.ones_like(stoch))
+
+    @staticmethod
+    def mean_std(output):
+        """Network output (..., 2S) -> mean (..., S), std (..., S) in (0.1, 2.1)."""
+        mean, std = output.float().chunk(2, -1)
+        return mean, 2 * torch.sigmoid(std / 2) + 0.1
+
+    def step_deter(self, stoch, deter, action):
+        """The shared part of every T_i: s_{t-1}, a_{t-1} -> deter_t (N, D)."""
+        x = F.elu(self.input(torch.cat([stoch, action], -1)))
+        gates = self.norm(self.gru(torch.cat([x, deter.to(x.dtype)], -1)).float())
+        reset, cand, update = gates.chunk(3, -1)
+        cand = torch.tanh(torch.sigmoid(reset) * cand)
+        update = torch.sigmoid(update - 1)  # biased to remember
+        return update * cand + (1 - update) * deter
+
+    def post_embed(self, embed):
+        """The part of the posterior's first layer that needs no recurrence: (..., E) -> (..., hidden)."""
+        return F.linear(embed, self.post_hidden.weight[:, self.deter:], self.post_hidden.bias)
+
+    def step_post(self, state, action, embed, noise):
+        """One filtering step q(s_t | x_t, s_{t-1}, a_{t-1}).
+
+        state: s_{t-1} (B, ...); action (B, A): a_{t-1}; embed (B, hidden): post_embed() of x_t;
+        noise (B, S): standard normal, or zeros for the mean -> s_t
+        """
+        deter = self.step_deter(state.stoch, state.deter, action)
+        x = F.elu(embed + F.linear(deter, self.post_hidden.weight[:, :self.deter]))
+        mean, std = self.mean_std(self.post_output(x))
+        return State(mean + std * noise, deter, mean, std)
+
+    def observe(self, embed, action):
+        """Posterior states along windows: embed (L, B, E), action (L, B, A) -> State (L, B, ...).
+
+        A window may begin in mid-episode, where neither s_{-1} nor what led to it is known: the scan
+        begins with a zero state and a zero action. Priors do not feed it; see drawn_prior.
+        """
+        length, batch = action.shape[:2]
+        action = torch.cat([torch.zeros_like(action[:1]), action[1:]])
+        embed = self.post_embed(embed)                                      # (L, B, hidden)
+        noise = torch.randn(length, batch, self.stoch, device=action.device)
+        states = [self.initial(batch)]
+        for t in range(length):
+            states.append(self.step_post(states[-1], action[t], embed[t], noise[t]))
+        return State(*(torch.stack(x) for x in zip(*states[1:])))
+
+    def drawn_prior(self, deter):
+        """T_i with i drawn anew at every time step, shared by the batch [P1].
+
+        deter (L, B, D) -> mean, std (L, B, S). All steps at once: the prior is not in the scan.
+        """
+        member = torch.randint(self.members, deter.shape[:1], device=deter.device)
+        return self.mean_std(self.priors(deter, member))
+
+    def step_prior(self, state, action):
+        """One imagined step: s_t (N, ...), a_t (N, A) -> s_{t+1} of one drawn member, u(s_t, a_t) (N,)"""
+        deter = self.step_deter(state.stoch, state.deter, action)
+        means, stds = self.mean_std(self.priors(deter))                     # (K, N, S)
+        member = torch.randint(self.members, (1,), device=deter.device)
+        mean, std = means[member].squeeze(0), stds[member].squeeze(0)
+        return State(mean + std * torch.randn_like(std), deter, mean, std), disagreement(means)
+
+
+def disagreement(means):
+    """[P9] how far the members' means lie apart: (K, N, S) -> (N,).
+
+    The population std (ddof 0) over the K members, then the mean over the latent dimensions. With one
+    member there is none, and the std's gradient at zero would be undefined.
+    """
+    if means.shape[0] == 1:
+        return torch.zeros_like(means[0, :, 0])
+    return means.std(0, correction=0).mean(-1)
+
+
+class WorldModel(nn.Module):
+    def __init__(self, c, action):
+        super().__init__()
+        self.encoder = Encoder(c.conv_depth)
+        self.rssm = RSSM(c, action, self.encoder.size)
+        self.decoder = Decoder(c.conv_depth, c.stoch + c.deter)
+
+
+def world_model_loss(world, image, post, c):
+    """[P1]: image uint8 (L, B, 64, 64, 3), post State (L, B, ...) -> loss, info.
+
+    row t        0         1         2
+    post      q(s0|x0)  q(s1|x1)  q(s2|x2)      every row reconstructs its image
+    prior      T_i(s0)   T_j(s1)   T_k(s2)      heads i, j, k drawn anew; deter_t knows a_{t-1}
+    """
+    error = world.decoder(post.feat) - to_float(image)
+    recon = 0.5 * error.square().sum((-3, -2, -1)).mean()  # -log p(x|s), unit variance, no constant
+    mean, std = world.rssm.drawn_prior(post.deter)
+    to_post = kl_normal(post.mean, post.std, mean.detach(), std.detach()).mean()
+    to_prior = kl_normal(post.mean.detach(), post.std.detach(), mean, std).mean()
+    kl = ((1 - c.kl_balance) * to_post.clamp(min=c.free_nats)
+          + c.kl_balance * to_prior.clamp(min=c.free_nats))
+    return recon + kl, {"recon": recon, "kl": to_prior}
+
+
+# ------------------------------------------------------------------------------------------------
+# Imagination, discriminator, reward
+# ------------------------------------------------------------------------------------------------
+
+
+class Dream(NamedTuple):
+    """Imagined rollouts in stored order: action[t] led to feat[t], so the same helper pairs them."""
+    feat: torch.Tensor          # (H+1, N, F)  s_0..s_H; s_0 is a real, replayed state
+    action: torch.Tensor        # (H+1, N, A)  row 0: the stored action that led to s_0; then a_0..a_{H-1}
+    last_action: torch.Tensor   # (N, A)       a_H, only for its value
+    disagreement: torch.Tensor  # (H, N)       u(s_t, a_t): the spread of the priors of s_{t+1}
+    entropy: torch.Tensor       # (H, N)       of pi(.|s_t)
+
+
+def imagine(rssm, actor, start, led_here, horizon):
+    """Roll the policy out in the model from `start`, a State (N, ...); led_here (N, A) -> Dream.
+
+    Gradients reach the actor through its actions and what the model makes of them, but not through
+    the policy's own input: a_t ~ pi(.| stop_grad(s_t)).
+    """
+    state, feats, actions, spreads, entropies = start, [start.feat], [led_here], [], []
+    for _ in range(horizon):
+        policy = actor(state.feat.detach())
+        action = policy.rsample()
+        state, spread = rssm.step_prior(state, action)
+        feats.append(state.feat), actions.append(action)
+        spreads.append(spread), entropies.append(policy.entropy())
+    last_action = actor(state.feat.detach()).rsample()
+    return Dream(torch.stack(feats), torch.stack(actions), last_action,
+                 torch.stack(spreads), torch.stack(entropies))
+
+
+def discriminator_loss(disc, expert, policy, sigma):
+    """[P8] with expert = 1, policy = 0; the same noise acts on both.
+
+    expert, policy: pairs (s (..., F), a (..., A)) -> loss, info. Inputs carry no gradient.
+    """
+    on_expert, on_policy = disc(*expert, sigma), disc(*policy, sigma)
+    loss = F.softplus(-on_expert).mean() + F.softplus(on_policy).mean()  # -log D, -log(1 - D)
+    with torch.no_grad():
+        expert_logit, policy_logit = disc(*expert), disc(*policy)
+        d_expert, d_policy = torch.sigmoid(expert_logit).mean(), torch.sigmoid(policy_logit).mean()
+    return loss, {"disc/loss": loss, "disc/expert": d_expert, "disc/policy": d_policy,
+                  "disc/gap": d_expert - d_policy, "disc/logit_expert": expert_logit.mean(),
+                  "disc/logit_policy": policy_logit.mean()}
+
+
+def imitation_reward(disc, s, a, c, sigma=0.0):
+    """The discriminator's part of [P10]: log D - log(1-D), which is the logit -> (...)."""
+    logit = disc(s, a, sigma)
+    return logit if c.reward == "logit" else torch.sigmoid(logit)
+
+
+def conservative_reward(disc, dream, c):
+    """[P10] r_t = log D(s_t,a_t) - log(1 - D(s_t,a_t)) - alpha u(s_t,a_t) -> (H, N), with gradient."""
+    s, a = state_action_pairs(dream.feat, dream.action)
+    sigma = c.sigma if c.reward_noise else 0.0
+    return imitation_reward(disc, s, a, c, sigma) - c.alpha * dream.disagreement
+
+
+# ------------------------------------------------------------------------------------------------
+# TD(lambda), critics, actor
+# ------------------------------------------------------------------------------------------------
+#
+# row t             0       1       2       3       4       H = 4; brackets: enters the losses
+# state  feat      s0  ->  s1  ->  s2  ->  s3  ->  s4       (H+1, N, F)  s0: a replayed posterior
+# action              a0      a1      a2      a3      a4    a_t ~ pi(.|stop_grad(s_t)); a4 for v4 only
+# reward             [r0]    [r1]    [r2]    [r3]           (H, N)    r_t = r(s_t, a_t)
+# V_0 = min_i Q_i    [v0]    [v1]    [v2]    [v3]     v4    (H+1, N)  v4 only bootstraps
+# V   [W5]           [V0]    [V1]    [V2]    [V3]           (H, N)    V_t = r_t + g((1-l) v_{t+1} + l V_{t+1})
+
+
+def lambda_return(reward, value, gamma, lam):
+    """[W5] by its recursion: reward (H, N), value (H+1, N) = V_0(s_t) -> V (H, N), with V_H := v_H."""
+    returns, last = [], value[-1]
+    for t in reversed(range(len(reward))):
+        last = reward[t] + gamma * ((1 - lam) * value[t + 1] + lam * last)
+        returns.append(last)
+    return torch.stack(returns[::-1])
+
+
+def state_values(critics, dream, rule="min"):
+    """V_0(s_t) for t = 0..H -> (H+1, N): the least of the critics' values [W], or one drawn critic [C]."""
+    q = critics(dream.feat, torch.cat([dream.action[1:], dream.last_action[None]]))  # (m, H+1, N)
+    if rule == "random":
+        return q[torch.randint(len(q), (1,), device=q.device)].squeeze(0)
+    return q.min(0).values
+
+
+def actor_loss(critics, disc, dream, c):
+    """[W6] without its BC term: -mean_{t<H} g^t [ l V(s_t) + (1-l) V_0(s_t) ] - entropy bonus."""
+    reward = conservative_reward(disc, dream, c)                            # (H, N)
+    value = state_values(critics, dream)                                    # (H+1, N)
+    returns = lambda_return(reward, value, c.gamma, c.lam)                  # (H, N)
+    objective = c.lam * returns + (1 - c.lam) * value[:-1] + c.entropy * dream.entropy
+    weight = discounts(c.gamma, returns) if c.actor_discount else 1.0
+    return -(weight * objective).mean(), {
+        "reward": reward.mean(), "reward_std": reward.std(), "lambda_return": returns.mean(),
+        "entropy": dream.entropy.mean(), "uncertainty": dream.disagreement.mean()}
+
+
+def discounts(gamma, like):
+    """g^0, g^1, ... along the first dimension of `like` (H, N) -> (H, 1)."""
+    return (gamma ** torch.arange(len(like), device=like.device, dtype=like.dtype))[:, None]
+
+
+def clone_loss(actor, feat, action):
+    """BC: -log pi(a_t|s_t) on the expert's pairs; feat (L, B, F) without gradient, action (L, B, A)."""
+    s, a = state_action_pairs(feat, action)
+    return -actor(s.detach()).log_prob(a).mean()
+
+
+def critic_targets(target_critics, disc, dream, replay_feat, replay_action, c):
+    """What the critics should be: for [W7] Vbar (H, N), for [W8] r_j + g(...) (L-1, B).
+
+    row j           0        1        2
+    pair         (s0,a0)  (s1,a1)               a_j: the action really taken; r_j without penalty
+    rollouts               from s1  from s2     the imagination from s_{j+1} gives Vbar_0 and Vbar there
+    """
+    with torch.no_grad():
+        value = state_values(target_critics, dream, c.target)               # (H+1, N)
+        returns = lambda_return(conservative_reward(disc, dream, c), value, c.gamma, c.lam)
+        length, batch = replay_action.shape[:2]
+        value_0 = value[0].view(length, batch)[1:]                          # Vbar_0(s_{j+1}) (L-1, B)
+        return_0 = returns[0].view(length, batch)[1:]                       # Vbar(s_{j+1})
+        reward = imitation_reward(disc, *state_action_pairs(replay_feat, replay_action), c)
+        return returns, reward + c.gamma * ((1 - c.lam) * value_0 + c.lam * return_0)
+
+
+def critic_loss(critics, targets, dream, replay_feat, replay_action, c):
+    """[W9] = [W7] on imagined states + [W8] on real transitions; each summed over the m critics."""
+    model_target, data_target = targets
+    s, a = state_action_pairs(dream.feat.detach(), dream.action.detach())
+    weight = c.gamma * discounts(c.gamma, model_target) if c.critic_discount else 1.0  # g^{t+1}
+    error = critics(s, a) - model_target                                    # (m, H, N)
+    model_loss = (weight * error.square()).mean((1, 2)).sum()
+    info = {"critic/model": model_loss, "critic/value": model_target.mean()}
+    if not c.data_critic:
+        return model_loss, info
+    s, a = state_action_pairs(replay_feat, replay_action)
+    data_loss = (critics(s, a) - data_target).square().mean((1, 2)).sum()
+    return model_loss + data_loss, {**info, "critic/data": data_loss}
+
+
+# ------------------------------------------------------------------------------------------------
+# The agent: networks, optimizers, and the gradient step
+# ------------------------------------------------------------------------------------------------
+#
+# loss            updates         gradient flows through, not into            cut
+# world model     world model     -                                           -
+# discriminator   discriminator   -                                           its inputs
+# actor           actor           dynamics, disagreement, D, critics          the policy's own input
+# BC              actor           -                                           the expert's states
+# critics         critics         -                                           states, actions, targets
+
+
+class Optimizer:
+    """AdamW for one network: clipped gradients; a step with a non-finite gradient changes nothing."""
+
+    def __init__(self, module, lr, c):
+        self.params = list(module.parameters())
+        self.clip = c.clip
+        # AdamW multiplies weights by 1 - lr * weight_decay; the method wants 1 - c.weight_decay.
+        self.adam = torch.optim.AdamW(self.params, lr, eps=c.adam_eps, fused=True,
+                                      weight_decay=c.weight_decay / lr)
+        self.skipped = torch.zeros((), device=self.params[0].device)      # in all
+        self.skipped_now = torch.zeros_like(self.skipped)                 # in a row
+
+    def gradients(self, loss):
+        """d loss / d params; every other network that the loss runs through is left alone."""
+        return torch.autograd.grad(loss, self.params, allow_unused=True)
+
+    def step(self, grads):
+        """One update; -> the norm before clipping. No host synchronisation."""
+        norm = torch.nn.utils.get_total_norm([g for g in grads if g is not None])
+        scale = (self.clip / norm.clamp(min=self.clip))
+        for param, grad in zip(self.params, grads):
+            param.grad = None if grad is None else grad * scale
+        bad = (~torch.isfinite(norm)).float()
+        # With found_inf the fused kernel skips weights, moments, decay and step count together.
+        self.adam.grad_scale, self.adam.found_inf = None, bad
+        self.adam.step()
+        self.adam.zero_grad()
+        self.skipped += bad
+        self.skipped_now.copy_((self.skipped_now + 1) * bad)
+        return norm
+
+
+class Agent:
+    """Everything that learns. c: Config; action: A; device: torch.device."""
+
+    def __init__(self, c, action, device):
+        feat = c.stoch + c.deter
+        self.c, self.device = c, device
+        self.world = initialize(WorldModel(c, action)).to(device)
+        self.actor = initialize(Actor(feat, action, c.units, c.layers)).to(device)
+        self.disc = initialize(Discriminator(feat, action, c.disc_units, c.disc_layers)).to(device)
+        self.critics = Critics(c.critics, feat, action, c.units, c.layers).to(device)
+        self.targets = copy.deepcopy(self.critics).requires_grad_(False)
+        self.opts = {"world": Optimizer(self.world, c.lr, c), "actor": Optimizer(self.actor, c.lr, c),
+                     "disc": Optimizer(self.disc, c.disc_lr, c),
+                     "critic": Optimizer(self.critics, c.lr, c)}
+        self.updates = 0
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16,
+                              enabled=self.c.precision == "bfloat16")
+
+    # -- acting --
+
+    @torch.no_grad()
+    def act(self, image, carry=None, sample=True):
+        """Filter one frame and act. image: uint8 array (N, 64, 64, 3); carry: None at an episode's
+        start, else what the last call returned -> action (N, A) float32 array, carry."""
+        image = torch.as_tensor(image, device=self.device)
+        rssm, actor = self.world.rssm, self.actor
+        with self.autocast():
+            if carry is None:
+                size = actor.layers[-1].out_features // 2
+                carry = rssm.initial(len(image)), torch.zeros(len(image), size, device=self.device)
+            embed = rssm.post_embed(self.world.encoder(image))
+            noise = torch.randn_like(carry[0].stoch) * float(sample)
+            state = rssm.step_post(*carry, embed, noise)
+            policy = actor(state.feat)
+            action = policy.rsample() if sample else policy.mode
+        return action.cpu().numpy(), (state, action)
+
+    # -- learning --
+
+    def clone_update(self, replay):
+        """The start: one step of the world model and of behaviour cloning on its latents."""
+        c = self.c
+        image, action = replay.sample_demos(c.batch, c.length)              # (L, B, ...)
+        with self.autocast():
+            post = self.world.rssm.observe(self.world.encoder(image), action)
+            world_loss, info = world_model_loss(self.world, image, post, c)             # [P1]
+            bc_loss = clone_loss(self.actor, post.feat.detach(), action)
+        return self.apply({"world": world_loss, "actor": bc_loss}, {**info, "bc": bc_loss})
+
+    def update(self, replay):
+        """One gradient step of everything: the body of the ALGORITHM above -> info (0-d tensors).
+
+        Static shapes, no host synchronisation, no branch on a tensor's value. All gradients are taken
+        at the parameters as they are now; then all optimizers step.
+        """
+        c, world, B = self.c, self.world, self.c.batch
+        image, action = replay.sample(c.batch, c.length)                    # (L, 2B, ...) [R | E]
+        with self.autocast():
+            # World model: one scan over both halves; only the replay's half trains it.
+            with torch.no_grad():
+                embed_expert = world.encoder(image[:, B:])
+            embed = torch.cat([world.encoder(image[:, :B]), embed_expert], 1)
+            post = world.rssm.observe(embed, action)                        # State (L, 2B, ...)
+            replay_post = post.map(lambda x: x[:, :B])
+            world_loss, info = world_model_loss(world, image[:, :B], replay_post, c)    # [P1]
+
+            # Data from here on: the model's states without its graph.
+            feat, expert_feat = post.feat.detach()[:, :B], post.feat.detach()[:, B:]
+            replay_action, expert_action = action[:, :B], action[:, B:]
+
+            # Imagine H steps from every replayed posterior: N = L B rollouts.
+            start = replay_post.map(lambda x: x.detach().flatten(0, 1))
+            dream = imagine(world.rssm, self.actor, start, replay_action.flatten(0, 1), c.horizon)
+
+            # Discriminator: the expert's pairs against imagined pairs.
+            expert_pairs = state_action_pairs(expert_feat, expert_action)
+            dream_pairs = state_action_pairs(dream.feat.detach(), dream.action.detach())
+            disc_loss, disc_info = discriminator_loss(self.disc, expert_pairs, dream_pairs, c.sigma)  # [P8]
+
+            # Critics: regress imagined and real pairs onto TD(lambda) of the target critics.
+            targets = critic_targets(self.targets, self.disc, dream, feat, replay_action, c)
+            q_loss, q_info = critic_loss(self.critics, targets, dream, feat, replay_action, c)  # [W9]
+
+            # Actor: up the returns, through the model; and stay near the demonstrations.
+            pi_loss, pi_info = actor_loss(self.critics, self.disc, dream, c)            # [W6]
+            bc_loss = clone_loss(self.actor, expert_feat, expert_action)
+        losses = {"world": world_loss, "disc": disc_loss, "critic": q_loss,
+                  "actor": pi_loss + c.beta * bc_loss}
+        return self.apply(losses, {**info, **disc_info, **q_info, **pi_info, "bc": bc_loss})
+
+    def apply(self, losses, info):
+        """Take all gradients, then all steps; on schedule copy the critics to their targets."""
+        grads = {name: self.opts[name].gradients(loss) for name, loss in losses.items()}
+        for name, grad in grads.items():
+            info[f"grad/{name}"] = self.opts[name].step(grad)
+        self.updates += 1
+        if self.updates % self.c.target_every == 0:
+            for target, source in zip(self.targets.parameters(), self.critics.parameters()):
+                target.data.copy_(source.data)
+        return {name: value.detach() for name, value in info.items()}
+
+    # -- reports, at log steps only --
+
+    @torch.no_grad()
+    def open_loop(self, image, action, context=5):
+        """Watch `context` frames, then predict with the stored actions alone.
+
+        image (L, B, 64, 64, 3) uint8, action (L, B, A) -> reconstruction and prediction
+        (L, B, 64, 64, 3) uint8, disagreement along the predicted steps (L - context, B)
+        """
+        rssm = self.world.rssm
+        post = rssm.observe(self.world.encoder(image[:context]), action[:context])
+        state, feats, spreads = post.map(lambda x: x[-1]), [], []
+        for a in action[context:]:
+            state, spread = rssm.step_prior(state, a)
+            feats.append(state.feat), spreads.append(spread)
+        feat = torch.cat([post.feat, torch.stack(feats)])
+        return to_uint8(self.world.decoder(feat)), torch.stack(spreads)
+
+    def report(self, replay):
+        """Slow extras for a log line: [C]'s estimate of [P9], open loop along the expert's actions."""
+        image, action = replay.sample_demos(self.c.batch, self.c.length)
+        context = min(5, self.c.length - 1)
+        _, spread = self.open_loop(image, action, context)
+        return {"uncertainty_expert": spread.mean(),
+                "skipped": sum(o.skipped for o in self.opts.values())}
+
+    def skipped_in_a_row(self):
+        """Network -> how many of its latest updates in a row had a non-finite gradient."""
+        return {name: int(opt.skipped_now) for name, opt in self.opts.items()}
+
+    # -- state --
+
+    def state_dict(self):
+        """A deep copy on the CPU of all that an update changes: tensors and plain values only."""
+        modules = {n: getattr(self, n).state_dict()
+                   for n in ("world", "actor", "disc", "critics", "targets")}
+        opts = {n: {"adam": o.adam.state_dict(), "skipped": o.skipped, "skipped_now": o.skipped_now}
+                for n, o in self.opts.items()}
+        state = {"modules": modules, "opts": opts, "updates": self.updates,
+                 "rng": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["rng_cuda"] = torch.cuda.get_rng_state(self.device)
+        return torch.utils._pytree.tree_map(
+            lambda x: x.detach().cpu().clone() if torch.is_tensor(x) else x, state)
+
+    def load_state_dict(self, state):
+        for name, weights in state["modules"].items():
+            getattr(self, name).load_state_dict(weights)
+        for name, saved in state["opts"].items():
+            self.opts[name].adam.load_state_dict(saved["adam"])
+            self.opts[name].skipped.copy_(saved["skipped"])
+            self.opts[name].skipped_now.copy_(saved["skipped_now"])
+        self.updates = state["updates"]
+        torch.set_rng_state(state["rng"])
+        if "rng_cuda" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng_cuda"], self.device)
+
+
+# ------------------------------------------------------------------------------------------------
+# Replay
+# ------------------------------------------------------------------------------------------------
+
+
+class Replay:
+    """All episodes, demos first, in two preallocated tensors on the learner's device.
+
+    Rows are in stored order (action[t] led to image[t]). `start` lists every row at which a window of
+    `length` rows lies inside one episode; how many there are is a tensor, filled in place, so that
+    sampling needs no host synchronisation and could be captured in a CUDA graph.
+    """
+
+    def __init__(self, capacity, length, action, device):
+        self.length, self.rows = length, 0
+        self.image = torch.empty(capacity, 64, 64, 3, dtype=torch.uint8, device=device)
+        self.action = torch.empty(capacity, action, device=device)
+        self.start = torch.empty(capacity, dtype=torch.long, device=device)
+        self.starts = torch.zeros((), dtype=torch.long, device=device)
+        self.demo_starts = torch.zeros_like(self.starts)
+        self.offset = torch.arange(length, device=device)[:, None]          # (L, 1)
+        self.windows = 0
+
+    def add(self, image, action, demo=False):
+        """One episode: image uint8 (T+1, 64, 64, 3), action (T+1, A). Demos must come first."""
+        rows, new = slice(self.rows, self.rows + len(image)), len(image) - self.length + 1
+        self.image[rows] = torch.as_tensor(image, device=self.image.device)
+        self.action[rows] = torch.as_tensor(action, device=self.image.device)
+        self.start[self.windows:self.windows + new] = torch.arange(
+            self.rows, self.rows + new, device=self.image.device)
+        self.rows, self.windows = rows.stop, self.windows + new
+        self.starts.fill_(self.windows)
+        if demo:
+            self.demo_starts.fill_(self.windows)
+
+    def draw(self, count, batch):
+        """`batch` of the first `count` (0-d tensor) starts -> rows (L, batch) of their windows."""
+        u = torch.rand(batch, device=self.start.device)
+        index = torch.minimum((u * count).long(), count - 1)  # rounding could reach count itself
+        return self.start[index] + self.offset
+
+    def sample_demos(self, batch, _=None):
+        """Windows of the demos -> image uint8 (L, batch, 64, 64, 3), action (L, batch, A)."""
+        rows = self.draw(self.demo_starts, batch)
+        return self.image[rows], self.action[rows]
+
+    def sample(self, batch, _=None):
+        """Windows of everything and, behind them, of the demos -> (L, 2 batch, ...)."""
+        rows = torch.cat([self.draw(self.starts, batch), self.draw(self.demo_starts, batch)], 1)
+        return self.image[rows], self.action[rows]
+
+
+def save_atomically(path, write):
+    """write(file) into a temporary file beside `path`, sync it to the disk, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------
+
+# Streams of environment seeds that never meet: training, evaluation while training, --eval.
+TRAIN, EVALUATE, FINAL = 1, 2, 3
+
+
+def env_seeds(seed, stream, number, count):
+    """The reset seeds of `count` environments in round (or batch) `number` -> list of ints."""
+    state = np.random.SeedSequence([seed, stream, number]).generate_state(count)
+    return [int(s) for s in state >> 1]
+
+
+def env_options(c):
+    """What of the config the environment is made from; None: the environment's own."""
+    noise = None if c.env != "kitchen" and c.robot_noise_ratio == 0.01 else c.robot_noise_ratio
+    return {"tasks": c.tasks or None, "episode_steps": c.episode_steps or None,
+            "robot_noise_ratio": noise}
+
+
+def rollouts(agent, vec, steps, episodes, seed, stream, sample):
+    """Run `episodes` episodes of `steps` steps, as many at a time as `vec` has environments.
+
+    -> dict of success, tasks, return (arrays of length `episodes`; others where info has them), and
+    video (steps+1, 64, 64, 3) uint8 of the first episode. Leaves torch's random state as it was.
+    """
+    results, video = {}, []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + 1_000_003 * stream)
+        for batch in range(math.ceil(episodes / vec.num_envs)):
+            image, _ = vec.reset(seed=env_seeds(seed, stream, batch, vec.num_envs))
+            carry, total, first = None, np.zeros(vec.num_envs), [image[0].copy()]
+            for _ in range(steps):
+                action, carry = agent.act(image, carry, sample)
+                image, reward, _, _, info = vec.step(action)
+                total += reward
+                first.append(image[0].copy())
+            video = video or first
+            outcome = {"success": info["success"], "tasks": info["n_tasks"], "return": total}
+            outcome |= {key: info[key] for key in ("rotation", "error") if key in info}
+            for key, value in outcome.items():
+                results.setdefault(key, []).extend(np.asarray(value, np.float64))
+    return {key: np.array(value[:episodes]) for key, value in results.items()}, np.stack(video)
+
+
+def save_gif(path, frames, fps=12, scale=4):
+    """frames uint8 (T, 64, 64, 3) -> an endless GIF, `scale` times as large."""
+    import imageio
+    large = np.asarray(frames).repeat(scale, 1).repeat(scale, 2)
+    imageio.mimsave(path, list(large), duration=1000 / fps, loop=0)
+
+
+def save_open_loop(path, agent, replay, columns=10, scale=2):
+    """A picture of one demo window: truth, the model's prediction after 5 frames, error, in rows."""
+    import imageio
+    image, action = replay.sample_demos(1)
+    predicted, _ = agent.open_loop(image, action, min(5, len(image) - 1))
+    truth, predicted = image[:, 0].cpu().numpy(), predicted[:, 0].cpu().numpy()
+    error = np.abs(truth.astype(int) - predicted).astype(np.uint8)
+    pick = np.linspace(0, len(truth) - 1, min(columns, len(truth))).astype(int)
+    rows = [np.concatenate(x[pick], 1) for x in (truth, predicted, error)]
+    imageio.imwrite(path, np.concatenate(rows).repeat(scale, 0).repeat(scale, 1))
+
+
+# ------------------------------------------------------------------------------------------------
+# Training: lockstep rounds
+# ------------------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """Raised between two updates or environment steps when a signal or --minutes ends the run."""
+
+
+class Trainer:
+    """A run in its folder. A round is an atom: one episode of every environment, and the updates that
+    it earns. A stop in mid-round drops it and writes the state at its start, so that a resumed run is
+    the uninterrupted one."""
+
+    def __init__(self, c):
+        import envs
+        self.c, self.dir = c, pathlib.Path(c.logdir)
+        self.began, self.before, self.stop = time.time(), 0.0, ""
+        device = setup_torch(c)
+        torch.manual_seed(c.seed)
+        self.vec = envs.make_vec(c.env, c.num_envs, **env_options(c))
+        facts = envs.env_facts(self.vec)
+        self.T, A = facts["episode_steps"], facts["action_dim"]
+        demos = envs.load_demos(c.demos, c.env, c.num_demos, self.vec, **env_options(c))
+        check_demos(demos, c.length, A)
+
+        per_round = c.num_envs * self.T
+        self.seed_rounds = 0 if c.offline else math.ceil(c.seed_steps / per_round)
+        self.rounds = math.ceil(c.steps / per_round)
+        rows = sum(len(d["image"]) for d in demos)
+        rows += 0 if c.offline else self.rounds * c.num_envs * (self.T + 1)
+        self.replay = Replay(rows, c.length, A, device)
+        for demo in demos:
+            self.replay.add(demo["image"], demo["action"], demo=True)
+
+        self.agent = Agent(c, A, device)
+        self.round, self.started, self.metrics_bytes = 0, False, 0
+        for folder in ("episodes", "videos"):
+            (self.dir / folder).mkdir(parents=True, exist_ok=True)
+        resumed = self.restore()
+        if not resumed:
+            self.write_config(facts)
+        self.metrics = open(self.dir / "metrics.jsonl", "a")
+        self.board = tensorboard(self.dir)
+        self.take_snapshot()
+        if not resumed:
+            self.checkpoint()
+        self.announce(demos, facts, resumed)
+
+    # -- the loop --
+
+    def run(self):
+        """Train to the end, or to a stop. -> True if the run is complete."""
+        c, agent = self.c, self.agent
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda n, _: setattr(self, "stop", signal.Signals(n).name))
+        try:
+            while agent.updates < c.pretrain:       # the start: world model and cloning, demos only
+                self.learn(agent.clone_update)
+                if self.checkpoint_due():
+                    self.take_snapshot()
+                    self.checkpoint()
+                if self.stop:
+                    self.take_snapshot()
+                    raise Stop
+            if not self.started:
+                self.evaluate()
+                self.started = True
+                self.take_snapshot()
+            while self.round < self.rounds:
+                self.play_round()
+                before, self.round = self.round * self.T * c.num_envs, self.round + 1
+                if self.round == self.rounds or before // c.eval_every < self.step // c.eval_every:
+                    self.evaluate()
+                self.take_snapshot()
+                if self.checkpoint_due() or self.round == self.rounds:
+                    self.checkpoint()
+        except Stop:
+            self.drop_round()
+            print(f"stopped ({self.stop}) at step {self.step}: the same command resumes")
+        finally:
+            self.close()
+        return self.round == self.rounds
+
+    @property
+    def step(self):
+        """Environment steps so far. For an offline method, which takes none: the steps after which an
+        online run has made as many updates, so that one axis serves both."""
+        return self.round * self.T * self.c.num_envs + self.steps_in_round
+
+    steps_in_round = 0
+
+    def play_round(self):
+        """One episode of every environment in lockstep; the learner works while they simulate."""
+        c, N, T = self.c, self.c.num_envs, self.T
+        learn = self.agent.clone_update if c.reward == "none" else self.agent.update
+        if not c.offline:
+            images = np.zeros((T + 1, N, 64, 64, 3), np.uint8)
+            actions = np.zeros((T + 1, N, self.replay.action.shape[1]), np.float32)
+            images[0], _ = self.vec.reset(seed=env_seeds(c.seed, TRAIN, self.round, N))
+            carry = None
+        for t in range(T):
+            if not c.offline:
+                actions[t + 1], carry = self.agent.act(images[t], carry)
+                step_async(self.vec, actions[t + 1])
+            for _ in range(self.earned(self.step + N) - self.earned(self.step)):
+                self.learn(learn)
+            if not c.offline:
+                images[t + 1], _, _, _, info = step_wait(self.vec)
+                actions[t + 1][info["padded"]] = 0  # the episode was over: this action did nothing
+            self.steps_in_round += N
+            self.progress()
+            if self.stop:
+                raise Stop
+        self.steps_in_round = 0
+        if not c.offline:
+            for i in range(N):
+                self.replay.add(images[:, i], actions[:, i])
+                save_atomically(self.dir / "episodes" / f"r{self.round:06d}-w{i}.npz", lambda f: (
+                    np.savez_compressed(f, image=images[:, i], action=actions[:, i])))
+
+    def earned(self, step):
+        """Updates that the environment steps up to `step` have earned; seed rounds earn none."""
+        seed = math.ceil(self.c.seed_steps / (self.T * self.c.num_envs)) * self.T * self.c.num_envs
+        return int(max(0, step - seed) * self.c.train_ratio + 1e-6)
+
+    def learn(self, update):
+        """One update, and at log steps its metrics."""
+        self.info = update(self.replay)
+        if self.agent.updates % self.c.log_every == 0:
+            with torch.random.fork_rng():  # how often one logs must not change what is learned
+                self.log({**self.info, **self.agent.report(self.replay)})
+            for name, count in self.agent.skipped_in_a_row().items():
+                if count >= min(10, self.c.log_every):
+                    self.drop_round()
+                    die(f"the {name} loss had non-finite gradients in the last {count} updates (step "
+                        f"{self.step}); the last good state is {self.dir / 'checkpoint.pt'}")
+        self.progress()
+        if self.c.minutes and time.time() - self.began > 60 * self.c.minutes:
+            self.stop = self.stop or f"--minutes {self.c.minutes:g}"
+
+    def evaluate(self):
+        """eval/*: with the mode of policy and latent unless eval_sample, on seeds of their own."""
+        c, start = self.c, time.time()
+        results, video = rollouts(self.agent, self.vec, self.T, c.eval_episodes, c.seed, EVALUATE,
+                                  c.eval_sample)
+        save_gif(self.dir / "videos" / f"eval-{self.step:07d}.gif", video)
+        with torch.random.fork_rng():
+            save_open_loop(self.dir / "videos" / f"openloop-{self.step:07d}.png", self.agent,
+                           self.replay)
+        means = {f"eval/{key}": float(value.mean()) for key, value in results.items()}
+        self.log(means)
+        text = ", ".join(f"{key[5:]} {value:.2f}" for key, value in means.items())
+        print(f"step {self.step} evaluation ({c.eval_episodes} episodes, "
+              f"{time.time() - start:.0f} s): {text}", flush=True)
+        self.last_success = means["eval/success"]
+
+    # -- logging --
+
+    last_success, last_print, last_rate = float("nan"), 0.0, (0.0, 0, 0)
+
+    def log(self, values):
+        """One line of metrics.jsonl. Every name is explained in README.md, "What is logged"."""
+        now = self.before + time.time() - self.began
+        then, steps, updates = self.last_rate
+        rates = {}
+        if "recon" in values:  # not on evaluation lines
+            self.last_rate = now, self.step, self.agent.updates
+            rates = {"fps": (self.step - steps) / (now - then),
+                     "ups": (self.agent.updates - updates) / (now - then)}
+        line = {"step": self.step, "update": self.agent.updates, "time": now,
+                **{key: float(value) for key, value in values.items()}, **rates}
+        self.metrics.write(json.dumps(line) + "\n")
+        self.metrics.flush()
+        if self.board:
+            for key, value in line.items():
+                self.board.add_scalar(key, value, self.step or self.agent.updates)
+
+    def progress(self):
+        """A line every few seconds."""
+        now = time.time()
+        if now - self.last_print < 10 or not hasattr(self, "info"):
+            return
+        done = self.agent.updates, self.step
+        total = self.c.pretrain + self.earned(self.rounds * self.T * self.c.num_envs)
+        then = getattr(self, "last_done", (0, 0, self.began))
+        elapsed = now - then[2]
+        ups, fps = (done[0] - then[0]) / elapsed, (done[1] - then[1]) / elapsed
+        eta = (total - done[0]) / ups if ups else float("nan")
+        self.last_print, self.last_done = now, (*done, now)
+        keys = ("recon", "kl", "bc", "reward", "disc/gap", "uncertainty")
+        losses = " ".join(f"{k} {float(self.info[k]):.2f}" for k in keys if k in self.info)
+        print(f"step {done[1]}/{self.rounds * self.T * self.c.num_envs} update {done[0]} "
+              f"ups {ups:.2f} fps {fps:.0f} eta {eta / 60:.0f}m | {losses} | "
+              f"success {self.last_success:.2f}", flush=True)
+
+    def announce(self, demos, facts, resumed):
+        agent, c = self.agent, self.c
+        counts = ", ".join(f"{n} {sum(p.numel() for p in getattr(agent, n).parameters()):,}"
+                           for n in ("world", "actor", "disc", "critics"))
+        print(f"{c.algo} on {c.env}, preset {c.preset}, {agent.device}, seed {c.seed}, {self.dir}\n"
+              f"{len(demos)} demos, {c.num_envs} environments of {self.T} steps"
+              + (f", GL: {facts['gl_renderer']}" if facts["gl_renderer"] else "")
+              + f"\nparameters: {counts}", flush=True)
+        if resumed:
+            print(f"resumed at step {self.step}, update {agent.updates}")
+
+    def write_config(self, facts):
+        """config.json: every field, and what the run depends on beside them."""
+        from importlib import metadata
+        versions = {}
+        for name in ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics"):
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                versions[name] = metadata.version(name)
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        here = pathlib.Path(__file__).parent
+        commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True,
+                                text=True).stdout.strip() if (here / ".git").exists() else ""
+        text = json.dumps({"config": dataclasses.asdict(self.c), "versions": versions, "gpu": gpu,
+                           "gl_renderer": facts["gl_renderer"], "commit": commit,
+                           "python": platform.python_version(),
+                           "command": "python " + " ".join(sys.argv)}, indent=1)
+        save_atomically(self.dir / "config.json", lambda f: f.write(text.encode()))
+
+    # -- state --
+
+    def take_snapshot(self):
+        """Keep the present state: what a checkpoint or a stop would write."""
+        if hasattr(self, "metrics"):
+            self.metrics_bytes = self.metrics.tell()
+        self.snapshot = {"agent": self.agent.state_dict(), "round": self.round,
+                         "started": self.started, "metrics_bytes": self.metrics_bytes,
+                         "seconds": self.before + time.time() - self.began}
+
+    last_checkpoint = 0.0
+
+    def checkpoint_due(self):
+        return time.time() - self.last_checkpoint > 60 * self.c.checkpoint_minutes
+
+    def checkpoint(self):
+        """Write the last snapshot; the previous checkpoint is kept beside it."""
+        path = self.dir / "checkpoint.pt"
+        if path.exists():
+            os.replace(path, path.with_suffix(".prev.pt"))
+        save_atomically(path, lambda f: torch.save(self.snapshot, f))
+        self.last_checkpoint = time.time()
+
+    def drop_round(self):
+        """Go back to the last snapshot on disk: state and metrics."""
+        self.checkpoint()
+        self.metrics.truncate(self.snapshot["metrics_bytes"])
+
+    def restore(self):
+        """Load the newest checkpoint, the episodes before it and cut back the metrics -> bool."""
+        path = self.dir / "checkpoint.pt"
+        if not path.exists():
+            path = path.with_suffix(".prev.pt")  # killed between two renames
+        if not path.exists():
+            return False
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        self.agent.load_state_dict(state["agent"])
+        self.round, self.started = state["round"], state["started"]
+        self.metrics_bytes, self.before = state["metrics_bytes"], state["seconds"]
+        self.last_rate = self.before, self.step, self.agent.updates
+        for i in range(self.round if not self.c.offline else 0):
+            for worker in range(self.c.num_envs):
+                with np.load(self.dir / "episodes" / f"r{i:06d}-w{worker}.npz") as episode:
+                    self.replay.add(episode["image"], episode["action"])
+        if (self.dir / "metrics.jsonl").exists():
+            os.truncate(self.dir / "metrics.jsonl", self.metrics_bytes)
+        return True
+
+    def close(self):
+        self.metrics.close()
+        self.vec.close()
+
+
+def step_async(vec, action):
+    """Start a step of all environments; a SyncVectorEnv does the work in step_wait."""
+    if hasattr(vec, "step_async"):
+        vec.step_async(action)
+    else:
+        vec.pending_action = action
+
+
+def step_wait(vec):
+    return vec.step_wait() if hasattr(vec, "step_wait") else vec.step(vec.pending_action)
+
+
+def check_demos(demos, length, action):
+    """Raise SystemExit with one line unless every demo holds a window and has A actions."""
+    for i, demo in enumerate(demos):
+        if len(demo["image"]) < length:
+            die(f"demonstration {i} has {len(demo['image'])} rows: fewer than --length {length}")
+        if demo["action"].shape[1] != action:
+            die(f"demonstration {i} has {demo['action'].shape[1]} actions, the environment {action}")
+
+
+def setup_torch(c):
+    """Device, threads and number formats of this process -> torch.device."""
+    torch.distributions.Distribution.set_default_validate_args(False)
+    if c.device == "cuda" and not torch.cuda.is_available():
+        die("--device cuda: torch finds no CUDA device here; use --device cpu")
+    device = torch.device(c.device if c.device != "auto" else
+                          "cuda" if torch.cuda.is_available() else "cpu")
+    if c.precision == "auto":
+        c.precision = "bfloat16" if device.type == "cuda" else "float32"
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return device
+
+
+def tensorboard(folder):
+    """A SummaryWriter where TensorBoard is installed, else None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder)
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        die(f"{message}; see python cmil.py --help")
+
+
+def parse(argv):
+    """The command line -> (Config, the other options)."""
+    parser = Parser(prog="cmil.py", description=__doc__.split("\n")[0], allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    tools = parser.add_argument_group("instead of training")
+    tools.add_argument("--eval", metavar="RUN", help="evaluate a run's checkpoint; one JSON line")
+    tools.add_argument("--episodes", type=int, default=100, help="how many episodes --eval runs")
+    tools.add_argument("--video", metavar="FILE.gif", help="with --eval: write a rollout")
+    tools.add_argument("--plot", metavar="RUN", nargs="+", help="draw learning curves")
+    tools.add_argument("--out", default="curves.png", help="the picture --plot writes")
+    tools.add_argument("--bench", action="store_true", help="measure the speed; one JSON line")
+    fields = parser.add_argument_group("configuration (presets change some of the defaults)")
+    for field in dataclasses.fields(Config):
+        flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        if field.type is bool or field.type == "bool":
+            fields.add_argument(flag, action=argparse.BooleanOptionalAction,
+                                default=argparse.SUPPRESS, help=f"{text} (default: {field.default})")
+        else:
+            fields.add_argument(flag, type=type(field.default), default=argparse.SUPPRESS,
+                                choices=field.metadata["choices"], metavar="X",
+                                help=f"{text} (default: {field.default})")
+    args = vars(parser.parse_args(argv))
+    explicit = {f.name: args.pop(f.name) for f in dataclasses.fields(Config) if f.name in args}
+    return explicit, argparse.Namespace(**args)
+
+
+def make_config(explicit):
+    """Defaults < preset < environment < algorithm < explicit flags; checked, with a logdir."""
+    c = Config(**explicit)
+    if c.algo not in ALGOS:
+        die(f"--algo {c.algo}: choose from {', '.join(ALGOS)}")
+    logdir = c.logdir or f"runs/{c.env.replace('/', '-').replace(':', '-')}-{c.algo}-s{c.seed}"
+    stored = read_config(logdir)
+    preset = c.preset
+    if preset == "auto":
+        cuda = torch.cuda.is_available() and c.device != "cpu"
+        preset = stored["preset"] if stored else "paper" if cuda else "small"
+        reason = "the run's own" if stored else "CUDA is here" if cuda else "no CUDA here"
+        print(f"preset {preset} ({reason})", file=sys.stderr)
+    overrides = {**PRESETS[preset], **ENV_PRESETS.get((c.env, preset), {}), **ALGOS[c.algo]}
+    c = Config(**{**overrides, **explicit, "preset": preset, "logdir": str(logdir)})
+    check_config(c)
+    if stored:
+        differ = [f"{key} (now {value!r}, run {stored.get(key)!r})"
+                  for key, value in dataclasses.asdict(c).items()
+                  if key not in RESUME_MAY_CHANGE and value != stored.get(key)]
+        if differ:
+            die(f"{logdir} holds a run with another configuration: {', '.join(differ)}; "
+                f"give another --logdir or the run's own flags")
+    return c
+
+
+def read_config(run):
+    """The config of the run in folder `run` -> dict, or None where there is none."""
+    path = pathlib.Path(run) / "config.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())["config"]
+    except (ValueError, KeyError):
+        die(f"{path} is not a run's config.json; remove the folder or give another --logdir")
+
+
+def check_config(c):
+    """Refuse impossible values with one line."""
+    zero_is_fine = {"seed", "minutes", "threads", "episode_steps", "robot_noise_ratio", "num_demos",
+                    "checkpoint_minutes", "pretrain", "seed_steps", "free_nats", "kl_balance",
+                    "alpha", "beta", "sigma", "gamma", "lam", "entropy", "weight_decay",
+                    "eval_every", "train_ratio"}
+    for name, value in dataclasses.asdict(c).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not math.isfinite(value) or value < 0 or (value == 0 and name not in zero_is_fine):
+                least = "0 or more" if name in zero_is_fine else "greater than 0"
+                die(f"--{name.replace('_', '-')} {value}: expected a number {least}")
+    for name in ("gamma", "lam", "kl_balance"):
+        if getattr(c, name) > 1:
+            die(f"--{name.replace('_', '-')} {getattr(c, name)}: expected a number from 0 to 1")
+    if c.length < 2:
+        die(f"--length {c.length}: a window needs at least 2 steps to hold a state-action pair")
+    if c.eval_every < 1:
+        die(f"--eval-every {c.eval_every}: expected a number greater than 0")
+
+
+def load_agent(run):
+    """A finished or stopped run's agent and environments -> Config, Agent, vec, T."""
+    import envs
+    stored = read_config(run)
+    if stored is None:
+        die(f"{run}: no config.json there; give the folder of a run")
+    c = Config(**{**stored, "logdir": str(run)})
+    path = pathlib.Path(run) / "checkpoint.pt"
+    if not path.exists():
+        die(f"{path} does not exist: the run has not written a checkpoint")
+    if c.device == "cuda" and not torch.cuda.is_available():
+        c.device = "cpu"
+    device = setup_torch(c)
+    vec = envs.make_vec(c.env, c.num_envs, **env_options(c))
+    facts = envs.env_facts(vec)
+    agent = Agent(c, facts["action_dim"], device)
+    agent.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["agent"])
+    return c, agent, vec, facts["episode_steps"]
+
+
+def evaluate_run(run, episodes, video):
+    """--eval: one JSON line, on environment seeds that training and its evaluations never use."""
+    if episodes < 1:
+        die(f"--episodes {episodes}: expected 1 or more")
+    c, agent, vec, steps = load_agent(run)
+    results, frames = rollouts(agent, vec, steps, episodes, c.seed, FINAL, c.eval_sample)
+    vec.close()
+    low, high = bootstrap_ci(results["success"])
+    line = {"episodes": episodes, "success": results["success"].mean(), "success_ci95": [low, high],
+            **{key: value.mean() for key, value in results.items() if key != "success"},
+            "update": agent.updates}
+    print(json.dumps(line))
+    if video:
+        save_gif(video, frames)
+
+
+def bench(c):
+    """--bench: updates/s alone, environment steps/s alone, and both as in training; one JSON line."""
+    import tempfile
+    c.logdir, c.minutes = tempfile.mkdtemp(prefix="cmil-bench-"), 0.0
+    trainer = Trainer(c)
+    agent, vec, replay = trainer.agent, trainer.vec, trainer.replay
+    sync = torch.cuda.synchronize if agent.device.type == "cuda" else (lambda: None)
+
+    def rate(function, seconds=20.0, least=3):
+        function(), sync()                                                  # warm-up
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds or count < least:
+            function(), sync()
+            count += 1
+        return count / (time.perf_counter() - start)
+
+    action = np.zeros((c.num_envs, replay.action.shape[1]), np.float32)
+
+    def simulate():
+        vec.reset(seed=0)
+        for _ in range(trainer.T):
+            vec.step(action)
+
+    updates = rate(lambda: agent.update(replay))
+    steps = rate(simulate, least=1) * trainer.T * c.num_envs
+    image, carry = vec.reset(seed=0)[0], None
+
+    def both():
+        nonlocal image, carry
+        action, carry = agent.act(image, carry)
+        step_async(vec, action)
+        agent.update(replay)
+        image = step_wait(vec)[0]
+
+    vec.reset(seed=0)
+    together = rate(both, least=3) if trainer.T > 200 else None
+    peak = torch.cuda.max_memory_allocated() / 2**30 if agent.device.type == "cuda" else peak_memory()
+    trainer.close()
+    print(json.dumps({"updates_per_s": updates, "seconds_per_update": 1 / updates,
+                      "env_steps_per_s": steps, "both": together, "peak_mem_gb": peak,
+                      "preset": c.preset, "env": c.env, "device": str(agent.device),
+                      "threads": torch.get_num_threads()}))
+
+
+def peak_memory():
+    """Peak resident memory of this process in GiB."""
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main(argv=None):
+    explicit, args = parse(sys.argv[1:] if argv is None else argv)
+    import envs
+    try:
+        if args.eval:
+            return evaluate_run(args.eval, args.episodes, args.video)
+        if args.plot:
+            sys.path.insert(0, str(pathlib.Path(__file__).parent / "results"))
+            import figures
+            return figures.plot(args.plot, args.out)
+        c = make_config(explicit)
+        if args.bench:
+            return bench(c)
+        Trainer(c).run()
+    except envs.UserError as error:
+        die(error)
+
+
+if __name__ == "__main__":
+    main()
