@@ -1,33 +1,37 @@
 """CMIL, conservative model-based imitation learning from pixels, in one file.
 
 Kolev, Rafailov, Hatch, Wu, Finn: "Efficient Imitation Learning with Conservative World Models",
-L4DC 2024 (arXiv 2405.13193). From 10-20 demonstrations and no reward, learn
-  a world model with an ensemble of latent priors, a discriminator on latent state-action pairs (the
-  only reward, minus the ensemble's disagreement), and an actor and a critic ensemble inside the model.
+L4DC 2024 (arXiv 2405.13193). From 10-20 demonstrations and no reward, learn a world model with an
+ensemble of latent priors, a discriminator on latent state-action pairs (the only reward, minus the
+ensemble's disagreement), and an actor and a critic ensemble inside the model.
 
     python cmil.py --env kitchen                      train (the same command resumes)
     python cmil.py --eval runs/kitchen-cmil-s0 --episodes 100 --video rollout.gif
     python cmil.py --plot runs/kitchen-cmil-s0 --out curve.png
     python cmil.py --bench --preset paper
 
-EQUATIONS   [P] the L4DC paper, [W] its workshop version; both number their own, so the key says which.
-  [P1]  world model    max E_q[ sum_t log p(x_t|s_t) - KL(q(s_t|x_t,s_{t-1},a_{t-1}) || T_i(s_t|s_{t-1},a_{t-1})) ]
-  [P8]  discriminator  min_D -mean log D(s^E,a^E) - mean log(1 - D(s,a))        expert is 1, policy is 0
-  [P9]  mismatch       u(s,a) = std_i mu_i(s,a)       mu_i: mean of the i-th prior; then the mean over dims
-  [P10] reward         r(s,a) = log D - log(1-D) - alpha u(s,a)      the first two terms are D's logit
+EQUATIONS   [P]: the L4DC paper; [W]: its workshop version; [C]: the released code; [D2]: DreamerV2.
+  [P1]  world model    max E_q[ sum_t log p(x_t|s_t)
+                                - KL( q(s_t|x_t,s_{t-1},a_{t-1}) || T_i(s_t|s_{t-1},a_{t-1}) ) ]
+  [P8]  discriminator  min_D -mean log D(s^E,a^E) - mean log(1 - D(s,a))     expert 1, policy 0
+  [P9]  mismatch       u(s,a) = std_i mu_i(s,a), mean over dims      mu_i: mean of the i-th prior
+  [P10] reward         r(s,a) = log D - log(1-D) - alpha u(s,a)   the first two are D's logit
   [W-]  values         V_0(s_t) = min_i Q_i(s_t,a_t)
+        k steps        V_k(s_t) = sum_{j<k} g^j r_{t+j} + g^k V_0(s_{t+k})
   [W5]  TD(lambda)     V(s_t) = (1-l) sum_{k=1}^{H-t-1} l^{k-1} V_k(s_t) + l^{H-t-1} V_{H-t}(s_t)
   [W6]  actor          L = -mean_{t<H}[ l V(s_t) + (1-l) V_0(s_t) ] + beta BC(expert)
-  [W7]  critic, model  L = mean_{t<H} (Q_i(s_t,a_t) - Vbar(s_t))^2          bar: with the target critics
-  [W8]  critic, data   L = mean_j (Q_i(s_j,a_j) - (r_j + g((1-l) Vbar_0(s_{j+1}) + l Vbar(s_{j+1}))))^2
+  [W7]  critic, model  L = mean_{t<H} (Q_i(s_t,a_t) - Vbar(s_t))^2    bar: by the target critics
+  [W8]  critic, data   L = mean_j (Q_i(s_j,a_j) - y_j)^2
+                       y_j = r_j + g((1-l) Vbar_0(s_{j+1}) + l Vbar(s_{j+1}))
   [W9]  critic         [W7] + [W8]
 
-SYMBOLS     L window length, B windows, N = L B imagination starts, H horizon, K prior heads, m critics,
-            A action size, E embedding, S stoch, D deter, F = S + D feat.   Tensors are time-major.
-            post = q(s_t|...), prior = T_i(s_t|...), feat = [stoch, deter], logit = D before its sigmoid.
+SYMBOLS     L window length, B windows, N = L B imagination starts, H horizon, K prior heads,
+            m critics, A action size, E embedding, S stoch, D deter, F = S + D feat.
+            Tensors are time-major. post = q(s_t|...), prior = T_i(s_t|...), feat = [stoch, deter],
+            logit = D before its sigmoid.
 
-TIME        action[t] LED TO image[t] (row 0: the reset image, a zero action). The paper's pair (s_t, a_t)
-            is therefore (feat[t], action[t+1]); state_action_pairs() is the only place that makes it.
+TIME        action[t] LED TO image[t] (row 0: the reset image, a zero action). The paper's pair
+            (s_t, a_t) is therefore (feat[t], action[t+1]); state_action_pairs() alone makes it.
 
                 row t       0        1        2        3
                 image       x0       x1       x2       x3
@@ -44,7 +48,7 @@ ALGORITHM   load the demos into the replay
                 imagine            from every posterior of R: H steps of policy and prior
                 discriminator      step on [P8], pairs of E against imagined pairs
                 actor              step on [W6], through dynamics, D, disagreement, critics
-                critics            step on [W9]; every `target_every` updates copy them to the targets
+                critics            step on [W9]; now and then copy them to the targets
 
 DEPARTURES  from the released code are numbered in README.md, each with its line here.
 """
@@ -90,7 +94,7 @@ class Config:
     logdir: str = opt("", "the run's folder; empty: runs/<env>-<algo>-s<seed>")
     steps: int = opt(250_000, "environment steps in all, seed rounds included [P]")
     minutes: float = opt(0.0, "stop cleanly after so many minutes of wall time; 0: never")
-    device: str = opt("auto", "cpu, cuda, or auto")
+    device: str = opt("auto", "where to learn; auto: CUDA if there is one", ("auto", "cpu", "cuda"))
     threads: int = opt(0, "CPU threads of the learner; 0: torch's own choice")
     precision: str = opt("auto", "bfloat16 autocast on convolutions and MLPs, or float32; "
                          "auto: bfloat16 on CUDA", ("auto", "float32", "bfloat16"))
@@ -155,9 +159,10 @@ class Config:
 PRESETS = {
     "paper": {},
     "small": dict(
-        steps=10_000, eval_every=1_000, eval_episodes=20, num_envs=5, conv_depth=8, stoch=32, deter=128, hidden=128,
-        members=5, units=128, layers=2, disc_units=128, batch=8, length=16, horizon=8,
-        seed_steps=1000, lr=5e-4, disc_lr=5e-4, alpha=1.0),
+        steps=10_000, eval_every=1_000, eval_episodes=20, num_envs=5,
+        conv_depth=8, stoch=32, deter=128, hidden=128, members=5, units=128, layers=2,
+        disc_units=128, batch=8, length=16, horizon=8,
+        seed_steps=1000, lr=1e-3, disc_lr=5e-4, alpha=1.0),
     "debug": dict(
         steps=400, log_every=10, eval_every=200, eval_episodes=2, num_envs=2, num_demos=2,
         conv_depth=4, stoch=8, deter=16, hidden=16, members=3, units=16, layers=2, disc_units=16,
@@ -166,7 +171,9 @@ PRESETS = {
 
 # What an environment needs beside its preset: (env, preset) -> overrides.
 ENV_PRESETS = {
-    ("kitchen", "small"): dict(episode_steps=200),  # the expert is done by ~160 and then rests
+    ("kitchen", "small"): dict(episode_steps=200,  # the expert is done by ~160 and then rests
+                               conv_depth=12, batch=12, length=20, steps=20_000, eval_every=2_000,
+                               eval_episodes=10),
 }
 
 # A method that differs from CMIL by configuration alone is a row here.
@@ -200,7 +207,7 @@ def state_action_pairs(feat, action):
 
 
 def to_float(image):
-    """uint8 (..., 64, 64, 3) -> float (..., 3, 64, 64) in [-0.5, 0.5]; memory stays channels-last."""
+    """uint8 (..., 64, 64, 3) -> float (..., 3, 64, 64) in [-.5, .5]; memory stays channels-last."""
     return (image.float() / 255 - 0.5).movedim(-1, -3)
 
 
@@ -443,7 +450,7 @@ class RSSM(nn.Module):
         return update * cand + (1 - update) * deter
 
     def post_embed(self, embed):
-        """The part of the posterior's first layer that needs no recurrence: (..., E) -> (..., hidden)."""
+        """What of the posterior's first layer needs no recurrence: (..., E) -> (..., hidden)."""
         return F.linear(embed, self.post_hidden.weight[:, self.deter:], self.post_hidden.bias)
 
     def step_post(self, state, action, embed, noise):
@@ -460,8 +467,8 @@ class RSSM(nn.Module):
     def observe(self, embed, action):
         """Posterior states along windows: embed (L, B, E), action (L, B, A) -> State (L, B, ...).
 
-        A window may begin in mid-episode, where neither s_{-1} nor what led to it is known: the scan
-        begins with a zero state and a zero action. Priors do not feed it; see drawn_prior.
+        A window may begin in mid-episode, where neither s_{-1} nor what led to it is known: the
+        scan begins with a zero state and a zero action. Priors do not feed it; see drawn_prior.
         """
         length, batch = action.shape[:2]
         action = torch.cat([torch.zeros_like(action[:1]), action[1:]])
@@ -481,7 +488,7 @@ class RSSM(nn.Module):
         return self.mean_std(self.priors(deter, member))
 
     def step_prior(self, state, action):
-        """One imagined step: s_t (N, ...), a_t (N, A) -> s_{t+1} of one drawn member, u(s_t, a_t) (N,)"""
+        """One imagined step: s_t (N, ...), a_t (N, A) -> s_{t+1} of a drawn head, u(s_t, a_t) (N,)"""
         deter = self.step_deter(state.stoch, state.deter, action)
         means, stds = self.mean_std(self.priors(deter))                     # (K, N, S)
         member = torch.randint(self.members, (1,), device=deter.device)
@@ -492,12 +499,13 @@ class RSSM(nn.Module):
 def disagreement(means):
     """[P9] how far the members' means lie apart: (K, N, S) -> (N,).
 
-    The population std (ddof 0) over the K members, then the mean over the latent dimensions. With one
-    member there is none, and the std's gradient at zero would be undefined.
+    The population std (ddof 0) over the K members, then the mean over the latent dimensions. With
+    one member there is none, and the std's gradient at zero would be undefined.
     """
     if means.shape[0] == 1:
         return torch.zeros_like(means[0, :, 0])
-    return means.std(0, correction=0).mean(-1)
+    variance = (means - means.mean(0)).square().mean(0)                     # (N, S)
+    return variance.clamp(min=1e-12).sqrt().mean(-1)  # the clamp: sqrt has no gradient at zero
 
 
 class WorldModel(nn.Module):
@@ -531,9 +539,9 @@ def world_model_loss(world, image, post, c):
 
 
 class Dream(NamedTuple):
-    """Imagined rollouts in stored order: action[t] led to feat[t], so the same helper pairs them."""
+    """Imagined rollouts in stored order: action[t] led to feat[t]; the same helper pairs them."""
     feat: torch.Tensor          # (H+1, N, F)  s_0..s_H; s_0 is a real, replayed state
-    action: torch.Tensor        # (H+1, N, A)  row 0: the stored action that led to s_0; then a_0..a_{H-1}
+    action: torch.Tensor        # (H+1, N, A)  the stored action that led to s_0, a_0..a_{H-1}
     last_action: torch.Tensor   # (N, A)       a_H, only for its value
     disagreement: torch.Tensor  # (H, N)       u(s_t, a_t): the spread of the priors of s_{t+1}
     entropy: torch.Tensor       # (H, N)       of pi(.|s_t)
@@ -579,7 +587,8 @@ def imitation_reward(disc, s, a, c, sigma=0.0):
 
 
 def conservative_reward(disc, dream, c):
-    """[P10] r_t = log D(s_t,a_t) - log(1 - D(s_t,a_t)) - alpha u(s_t,a_t) -> (H, N), with gradient."""
+    """[P10] r_t = log D(s_t,a_t) - log(1-D(s_t,a_t)) - alpha u(s_t,a_t) -> (H, N), differentiable.
+    """
     s, a = state_action_pairs(dream.feat, dream.action)
     sigma = c.sigma if c.reward_noise else 0.0
     return imitation_reward(disc, s, a, c, sigma) - c.alpha * dream.disagreement
@@ -589,16 +598,16 @@ def conservative_reward(disc, dream, c):
 # TD(lambda), critics, actor
 # ------------------------------------------------------------------------------------------------
 #
-# row t             0       1       2       3       4       H = 4; brackets: enters the losses
-# state  feat      s0  ->  s1  ->  s2  ->  s3  ->  s4       (H+1, N, F)  s0: a replayed posterior
-# action              a0      a1      a2      a3      a4    a_t ~ pi(.|stop_grad(s_t)); a4 for v4 only
-# reward             [r0]    [r1]    [r2]    [r3]           (H, N)    r_t = r(s_t, a_t)
-# V_0 = min_i Q_i    [v0]    [v1]    [v2]    [v3]     v4    (H+1, N)  v4 only bootstraps
-# V   [W5]           [V0]    [V1]    [V2]    [V3]           (H, N)    V_t = r_t + g((1-l) v_{t+1} + l V_{t+1})
+# row t            0      1      2      3      4      H = 4; brackets: enters the losses
+# state  feat     s0 ->  s1 ->  s2 ->  s3 ->  s4      (H+1, N, F)  s0: a replayed posterior
+# action             a0     a1     a2     a3     a4   a_t ~ pi(.|stop_grad(s_t)); a4 for v4 only
+# reward            [r0]   [r1]   [r2]   [r3]         (H, N)    r_t = r(s_t, a_t)
+# V_0 = min_i Q_i   [v0]   [v1]   [v2]   [v3]    v4   (H+1, N)  v4 only bootstraps
+# V   [W5]          [V0]   [V1]   [V2]   [V3]         (H, N)    r_t + g((1-l) v_{t+1} + l V_{t+1})
 
 
 def lambda_return(reward, value, gamma, lam):
-    """[W5] by its recursion: reward (H, N), value (H+1, N) = V_0(s_t) -> V (H, N), with V_H := v_H."""
+    """[W5] by its recursion, V_H := v_H: reward (H, N), value (H+1, N) = V_0(s_t) -> V (H, N)."""
     returns, last = [], value[-1]
     for t in reversed(range(len(reward))):
         last = reward[t] + gamma * ((1 - lam) * value[t + 1] + lam * last)
@@ -607,7 +616,7 @@ def lambda_return(reward, value, gamma, lam):
 
 
 def state_values(critics, dream, rule="min"):
-    """V_0(s_t) for t = 0..H -> (H+1, N): the least of the critics' values [W], or one drawn critic [C]."""
+    """V_0(s_t), t = 0..H -> (H+1, N): the least of the critics [W], or a randomly drawn one [C]."""
     q = critics(dream.feat, torch.cat([dream.action[1:], dream.last_action[None]]))  # (m, H+1, N)
     if rule == "random":
         return q[torch.randint(len(q), (1,), device=q.device)].squeeze(0)
@@ -632,7 +641,7 @@ def discounts(gamma, like):
 
 
 def clone_loss(actor, feat, action):
-    """BC: -log pi(a_t|s_t) on the expert's pairs; feat (L, B, F) without gradient, action (L, B, A)."""
+    """BC: -log pi(a_t|s_t) on the expert's pairs. feat (L, B, F), action (L, B, A) -> loss."""
     s, a = state_action_pairs(feat, action)
     return -actor(s.detach()).log_prob(a).mean()
 
@@ -642,13 +651,13 @@ def critic_targets(target_critics, disc, dream, replay_feat, replay_action, c):
 
     row j           0        1        2
     pair         (s0,a0)  (s1,a1)               a_j: the action really taken; r_j without penalty
-    rollouts               from s1  from s2     the imagination from s_{j+1} gives Vbar_0 and Vbar there
+    rollouts               from s1  from s2     imagination from s_{j+1} gives Vbar_0, Vbar there
     """
     with torch.no_grad():
         value = state_values(target_critics, dream, c.target)               # (H+1, N)
         returns = lambda_return(conservative_reward(disc, dream, c), value, c.gamma, c.lam)
         length, batch = replay_action.shape[:2]
-        value_0 = value[0].view(length, batch)[1:]                          # Vbar_0(s_{j+1}) (L-1, B)
+        value_0 = value[0].view(length, batch)[1:]                          # Vbar_0(s_{j+1})
         return_0 = returns[0].view(length, batch)[1:]                       # Vbar(s_{j+1})
         reward = imitation_reward(disc, *state_action_pairs(replay_feat, replay_action), c)
         return returns, reward + c.gamma * ((1 - c.lam) * value_0 + c.lam * return_0)
@@ -673,16 +682,16 @@ def critic_loss(critics, targets, dream, replay_feat, replay_action, c):
 # The agent: networks, optimizers, and the gradient step
 # ------------------------------------------------------------------------------------------------
 #
-# loss            updates         gradient flows through, not into            cut
-# world model     world model     -                                           -
-# discriminator   discriminator   -                                           its inputs
-# actor           actor           dynamics, disagreement, D, critics          the policy's own input
-# BC              actor           -                                           the expert's states
-# critics         critics         -                                           states, actions, targets
+# loss            updates         gradient flows through, not into      cut
+# world model     world model     -                                     -
+# discriminator   discriminator   -                                     its inputs
+# actor           actor           dynamics, disagreement, D, critics    the policy's own input
+# BC              actor           -                                     the expert's states
+# critics         critics         -                                     states, actions, targets
 
 
 class Optimizer:
-    """AdamW for one network: clipped gradients; a step with a non-finite gradient changes nothing."""
+    """AdamW for one network, gradients clipped; a non-finite gradient changes nothing."""
 
     def __init__(self, module, lr, c):
         self.params = list(module.parameters())
@@ -699,10 +708,9 @@ class Optimizer:
 
     def step(self, grads):
         """One update; -> the norm before clipping. No host synchronisation."""
-        norm = torch.nn.utils.get_total_norm([g for g in grads if g is not None])
-        scale = (self.clip / norm.clamp(min=self.clip))
         for param, grad in zip(self.params, grads):
-            param.grad = None if grad is None else grad * scale
+            param.grad = grad
+        norm = nn.utils.clip_grad_norm_(self.params, self.clip)
         bad = (~torch.isfinite(norm)).float()
         # With found_inf the fused kernel skips weights, moments, decay and step count together.
         self.adam.grad_scale, self.adam.found_inf = None, bad
@@ -724,14 +732,17 @@ class Agent:
         self.disc = initialize(Discriminator(feat, action, c.disc_units, c.disc_layers)).to(device)
         self.critics = Critics(c.critics, feat, action, c.units, c.layers).to(device)
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
-        self.opts = {"world": Optimizer(self.world, c.lr, c), "actor": Optimizer(self.actor, c.lr, c),
+        self.opts = {"world": Optimizer(self.world, c.lr, c),
+                     "actor": Optimizer(self.actor, c.lr, c),
                      "disc": Optimizer(self.disc, c.disc_lr, c),
                      "critic": Optimizer(self.critics, c.lr, c)}
         self.updates = 0
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16,
-                              enabled=self.c.precision == "bfloat16")
+        """bfloat16 for convolutions and MLPs; what follows them is cast back to float32."""
+        auto = "bfloat16" if self.device.type == "cuda" else "float32"
+        precision = auto if self.c.precision == "auto" else self.c.precision
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
     # -- acting --
 
@@ -767,8 +778,8 @@ class Agent:
     def update(self, replay):
         """One gradient step of everything: the body of the ALGORITHM above -> info (0-d tensors).
 
-        Static shapes, no host synchronisation, no branch on a tensor's value. All gradients are taken
-        at the parameters as they are now; then all optimizers step.
+        Static shapes, no host synchronisation, no branch on a tensor's value. All gradients are
+        taken at the parameters as they are now; then all optimizers step.
         """
         c, world, B = self.c, self.world, self.c.batch
         image, action = replay.sample(c.batch, c.length)                    # (L, 2B, ...) [R | E]
@@ -790,13 +801,13 @@ class Agent:
             dream = imagine(world.rssm, self.actor, start, replay_action.flatten(0, 1), c.horizon)
 
             # Discriminator: the expert's pairs against imagined pairs.
-            expert_pairs = state_action_pairs(expert_feat, expert_action)
-            dream_pairs = state_action_pairs(dream.feat.detach(), dream.action.detach())
-            disc_loss, disc_info = discriminator_loss(self.disc, expert_pairs, dream_pairs, c.sigma)  # [P8]
+            expert = state_action_pairs(expert_feat, expert_action)
+            policy = state_action_pairs(dream.feat.detach(), dream.action.detach())
+            disc_loss, disc_info = discriminator_loss(self.disc, expert, policy, c.sigma)   # [P8]
 
-            # Critics: regress imagined and real pairs onto TD(lambda) of the target critics.
+            # Critics [W9]: regress imagined and real pairs onto TD(lambda) of the target critics.
             targets = critic_targets(self.targets, self.disc, dream, feat, replay_action, c)
-            q_loss, q_info = critic_loss(self.critics, targets, dream, feat, replay_action, c)  # [W9]
+            q_loss, q_info = critic_loss(self.critics, targets, dream, feat, replay_action, c)
 
             # Actor: up the returns, through the model; and stay near the demonstrations.
             pi_loss, pi_info = actor_loss(self.critics, self.disc, dream, c)            # [W6]
@@ -835,7 +846,7 @@ class Agent:
         return to_uint8(self.world.decoder(feat)), torch.stack(spreads)
 
     def report(self, replay):
-        """Slow extras for a log line: [C]'s estimate of [P9], open loop along the expert's actions."""
+        """Extras for a log line: [C]'s estimate of [P9], open loop along the expert's actions."""
         image, action = replay.sample_demos(self.c.batch, self.c.length)
         context = min(5, self.c.length - 1)
         _, spread = self.open_loop(image, action, context)
@@ -882,9 +893,9 @@ class Agent:
 class Replay:
     """All episodes, demos first, in two preallocated tensors on the learner's device.
 
-    Rows are in stored order (action[t] led to image[t]). `start` lists every row at which a window of
-    `length` rows lies inside one episode; how many there are is a tensor, filled in place, so that
-    sampling needs no host synchronisation and could be captured in a CUDA graph.
+    Rows are in stored order (action[t] led to image[t]). `start` lists every row at which a window
+    of `length` rows lies inside one episode; how many there are is a tensor, filled in place, so
+    that sampling needs no host synchronisation and could be captured in a CUDA graph.
     """
 
     def __init__(self, capacity, length, action, device):
@@ -993,7 +1004,7 @@ def save_gif(path, frames, fps=12, scale=4):
 
 
 def save_open_loop(path, agent, replay, columns=10, scale=2):
-    """A picture of one demo window: truth, the model's prediction after 5 frames, error, in rows."""
+    """A picture of one demo window, in rows: truth, prediction after 5 frames, their error."""
     import imageio
     image, action = replay.sample_demos(1)
     predicted, _ = agent.open_loop(image, action, min(5, len(image) - 1))
@@ -1014,9 +1025,9 @@ class Stop(Exception):
 
 
 class Trainer:
-    """A run in its folder. A round is an atom: one episode of every environment, and the updates that
-    it earns. A stop in mid-round drops it and writes the state at its start, so that a resumed run is
-    the uninterrupted one."""
+    """A run in its folder. A round is an atom: one episode of every environment, and the updates
+    that it earns. A stop in mid-round drops it and writes the state at its start, so that a resumed
+    run is the uninterrupted one."""
 
     def __init__(self, c):
         import envs
@@ -1027,11 +1038,12 @@ class Trainer:
         self.vec = envs.make_vec(c.env, c.num_envs, **env_options(c))
         facts = envs.env_facts(self.vec)
         self.T, A = facts["episode_steps"], facts["action_dim"]
-        demos = envs.load_demos(c.demos, c.env, c.num_demos, self.vec, **env_options(c))
-        check_demos(demos, c.length, A)
+        if c.length > self.T + 1:
+            die(f"--length {c.length}: an episode of {self.T} steps has {self.T + 1} rows")
+        demos = envs.load_demos(c.demos, c.env, c.num_demos, self.vec, min_steps=c.length - 1,
+                                **env_options(c))
 
         per_round = c.num_envs * self.T
-        self.seed_rounds = 0 if c.offline else math.ceil(c.seed_steps / per_round)
         self.rounds = math.ceil(c.steps / per_round)
         rows = sum(len(d["image"]) for d in demos)
         rows += 0 if c.offline else self.rounds * c.num_envs * (self.T + 1)
@@ -1041,8 +1053,11 @@ class Trainer:
 
         self.agent = Agent(c, A, device)
         self.round, self.started, self.metrics_bytes = 0, False, 0
-        for folder in ("episodes", "videos"):
-            (self.dir / folder).mkdir(parents=True, exist_ok=True)
+        try:
+            for folder in ("episodes", "videos"):
+                (self.dir / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            die(f"--logdir {self.dir}: {error.strerror}; give another folder")
         resumed = self.restore()
         if not resumed:
             self.write_config(facts)
@@ -1090,8 +1105,8 @@ class Trainer:
 
     @property
     def step(self):
-        """Environment steps so far. For an offline method, which takes none: the steps after which an
-        online run has made as many updates, so that one axis serves both."""
+        """Environment steps so far. For an offline method, which takes none: the steps after which
+        an online run has made as many updates, so that one axis serves both."""
         return self.round * self.T * self.c.num_envs + self.steps_in_round
 
     steps_in_round = 0
@@ -1127,8 +1142,9 @@ class Trainer:
 
     def earned(self, step):
         """Updates that the environment steps up to `step` have earned; seed rounds earn none."""
-        seed = math.ceil(self.c.seed_steps / (self.T * self.c.num_envs)) * self.T * self.c.num_envs
-        return int(max(0, step - seed) * self.c.train_ratio + 1e-6)
+        per_round = self.T * self.c.num_envs
+        seed_steps = math.ceil(self.c.seed_steps / per_round) * per_round
+        return int(max(0, step - seed_steps) * self.c.train_ratio + 1e-6)
 
     def learn(self, update):
         """One update, and at log steps its metrics."""
@@ -1139,11 +1155,9 @@ class Trainer:
             for name, count in self.agent.skipped_in_a_row().items():
                 if count >= min(10, self.c.log_every):
                     self.drop_round()
-                    die(f"the {name} loss had non-finite gradients in the last {count} updates (step "
-                        f"{self.step}); the last good state is {self.dir / 'checkpoint.pt'}")
+                    die(f"the {name} loss had non-finite gradients in the last {count} updates, at "
+                        f"step {self.step}; the last good state is {self.dir / 'checkpoint.pt'}")
         self.progress()
-        if self.c.minutes and time.time() - self.began > 60 * self.c.minutes:
-            self.stop = self.stop or f"--minutes {self.c.minutes:g}"
 
     def evaluate(self):
         """eval/*: with the mode of policy and latent unless eval_sample, on seeds of their own."""
@@ -1183,8 +1197,10 @@ class Trainer:
                 self.board.add_scalar(key, value, self.step or self.agent.updates)
 
     def progress(self):
-        """A line every few seconds."""
+        """A line every few seconds; and the end of the minutes."""
         now = time.time()
+        if self.c.minutes and now - self.began > 60 * self.c.minutes:
+            self.stop = self.stop or f"--minutes {self.c.minutes:g}"
         if now - self.last_print < 10 or not hasattr(self, "info"):
             return
         done = self.agent.updates, self.step
@@ -1253,6 +1269,7 @@ class Trainer:
 
     def drop_round(self):
         """Go back to the last snapshot on disk: state and metrics."""
+        self.steps_in_round = 0
         self.checkpoint()
         self.metrics.truncate(self.snapshot["metrics_bytes"])
 
@@ -1263,7 +1280,10 @@ class Trainer:
             path = path.with_suffix(".prev.pt")  # killed between two renames
         if not path.exists():
             return False
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        state = load_checkpoint(path)
+        if state["round"] > self.rounds:
+            die(f"--steps {self.c.steps}: the run in {self.dir} has made "
+                f"{state['round'] * self.T * self.c.num_envs} already")
         self.agent.load_state_dict(state["agent"])
         self.round, self.started = state["round"], state["started"]
         self.metrics_bytes, self.before = state["metrics_bytes"], state["seconds"]
@@ -1281,6 +1301,15 @@ class Trainer:
         self.vec.close()
 
 
+def load_checkpoint(path):
+    """The dict in a checkpoint.pt: tensors and plain values. Dies naming the file if unreadable."""
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # zip, pickle and tensor errors of many kinds
+        die(f"{path} cannot be read ({type(error).__name__}); remove it to go back to "
+            f"{path.with_suffix('.prev.pt').name}")
+
+
 def step_async(vec, action):
     """Start a step of all environments; a SyncVectorEnv does the work in step_wait."""
     if hasattr(vec, "step_async"):
@@ -1293,15 +1322,6 @@ def step_wait(vec):
     return vec.step_wait() if hasattr(vec, "step_wait") else vec.step(vec.pending_action)
 
 
-def check_demos(demos, length, action):
-    """Raise SystemExit with one line unless every demo holds a window and has A actions."""
-    for i, demo in enumerate(demos):
-        if len(demo["image"]) < length:
-            die(f"demonstration {i} has {len(demo['image'])} rows: fewer than --length {length}")
-        if demo["action"].shape[1] != action:
-            die(f"demonstration {i} has {demo['action'].shape[1]} actions, the environment {action}")
-
-
 def setup_torch(c):
     """Device, threads and number formats of this process -> torch.device."""
     torch.distributions.Distribution.set_default_validate_args(False)
@@ -1309,8 +1329,6 @@ def setup_torch(c):
         die("--device cuda: torch finds no CUDA device here; use --device cpu")
     device = torch.device(c.device if c.device != "auto" else
                           "cuda" if torch.cuda.is_available() else "cpu")
-    if c.precision == "auto":
-        c.precision = "bfloat16" if device.type == "cuda" else "float32"
     if c.threads:
         torch.set_num_threads(c.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -1352,7 +1370,8 @@ def parse(argv):
         flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
         if field.type is bool or field.type == "bool":
             fields.add_argument(flag, action=argparse.BooleanOptionalAction,
-                                default=argparse.SUPPRESS, help=f"{text} (default: {field.default})")
+                                default=argparse.SUPPRESS,
+                                help=f"{text} (default: {field.default})")
         else:
             fields.add_argument(flag, type=type(field.default), default=argparse.SUPPRESS,
                                 choices=field.metadata["choices"], metavar="X",
@@ -1419,31 +1438,40 @@ def check_config(c):
         die(f"--eval-every {c.eval_every}: expected a number greater than 0")
 
 
-def load_agent(run):
-    """A finished or stopped run's agent and environments -> Config, Agent, vec, T."""
+EVAL_MAY_CHANGE = ("seed", "device", "threads", "num_envs", "eval_sample")
+
+
+def load_agent(run, explicit=None):
+    """A finished or stopped run's agent and environments -> Config, Agent, vec, T.
+
+    explicit: flags given beside --eval; those of EVAL_MAY_CHANGE replace the run's own.
+    """
     import envs
     stored = read_config(run)
     if stored is None:
         die(f"{run}: no config.json there; give the folder of a run")
-    c = Config(**{**stored, "logdir": str(run)})
+    for name in explicit or {}:
+        if name not in EVAL_MAY_CHANGE:
+            die(f"--{name.replace('_', '-')} belongs to training: with --eval it cannot change")
+    c = Config(**{**stored, "logdir": str(run), **(explicit or {})})
     path = pathlib.Path(run) / "checkpoint.pt"
     if not path.exists():
         die(f"{path} does not exist: the run has not written a checkpoint")
-    if c.device == "cuda" and not torch.cuda.is_available():
-        c.device = "cpu"
     device = setup_torch(c)
     vec = envs.make_vec(c.env, c.num_envs, **env_options(c))
     facts = envs.env_facts(vec)
     agent = Agent(c, facts["action_dim"], device)
-    agent.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["agent"])
+    agent.load_state_dict(load_checkpoint(path)["agent"])
     return c, agent, vec, facts["episode_steps"]
 
 
-def evaluate_run(run, episodes, video):
+def evaluate_run(run, episodes, video, explicit):
     """--eval: one JSON line, on environment seeds that training and its evaluations never use."""
     if episodes < 1:
         die(f"--episodes {episodes}: expected 1 or more")
-    c, agent, vec, steps = load_agent(run)
+    if video and not pathlib.Path(video).parent.is_dir():
+        die(f"--video {video}: there is no folder {pathlib.Path(video).parent}")
+    c, agent, vec, steps = load_agent(run, explicit)
     results, frames = rollouts(agent, vec, steps, episodes, c.seed, FINAL, c.eval_sample)
     vec.close()
     low, high = bootstrap_ci(results["success"])
@@ -1456,9 +1484,10 @@ def evaluate_run(run, episodes, video):
 
 
 def bench(c):
-    """--bench: updates/s alone, environment steps/s alone, and both as in training; one JSON line."""
+    """--bench: updates/s alone, environment steps/s alone, both as in training; one JSON line."""
     import tempfile
-    c.logdir, c.minutes = tempfile.mkdtemp(prefix="cmil-bench-"), 0.0
+    folder = tempfile.TemporaryDirectory(prefix="cmil-bench-")
+    c.logdir, c.minutes = folder.name, 0.0
     trainer = Trainer(c)
     agent, vec, replay = trainer.agent, trainer.vec, trainer.replay
     sync = torch.cuda.synchronize if agent.device.type == "cuda" else (lambda: None)
@@ -1474,27 +1503,33 @@ def bench(c):
     action = np.zeros((c.num_envs, replay.action.shape[1]), np.float32)
 
     def simulate():
+        """An episode of every environment, without learning."""
         vec.reset(seed=0)
         for _ in range(trainer.T):
             vec.step(action)
 
+    def both():
+        """Steps with an update behind each, as in play_round; -> when an episode is over."""
+        image, carry = vec.reset(seed=0)[0], None
+        for _ in range(trainer.T):
+            action, carry = agent.act(image, carry)
+            step_async(vec, action)
+            agent.update(replay)
+            image = step_wait(vec)[0]
+            yield
+
     updates = rate(lambda: agent.update(replay))
     steps = rate(simulate, least=1) * trainer.T * c.num_envs
-    image, carry = vec.reset(seed=0)[0], None
-
-    def both():
-        nonlocal image, carry
-        action, carry = agent.act(image, carry)
-        step_async(vec, action)
-        agent.update(replay)
-        image = step_wait(vec)[0]
-
-    vec.reset(seed=0)
-    together = rate(both, least=3) if trainer.T > 200 else None
-    peak = torch.cuda.max_memory_allocated() / 2**30 if agent.device.type == "cuda" else peak_memory()
+    rounds = (_ for _ in iter(int, 1) for _ in both())  # both() again and again
+    together = rate(lambda: next(rounds))
+    cuda = agent.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else peak_memory()
     trainer.close()
+    folder.cleanup()
     print(json.dumps({"updates_per_s": updates, "seconds_per_update": 1 / updates,
-                      "env_steps_per_s": steps, "both": together, "peak_mem_gb": peak,
+                      "env_steps_per_s": steps,
+                      "both": {"updates_per_s": together, "env_steps_per_s": together * c.num_envs},
+                      "peak_mem_gb": peak,
                       "preset": c.preset, "env": c.env, "device": str(agent.device),
                       "threads": torch.get_num_threads()}))
 
@@ -1510,7 +1545,7 @@ def main(argv=None):
     import envs
     try:
         if args.eval:
-            return evaluate_run(args.eval, args.episodes, args.video)
+            return evaluate_run(args.eval, args.episodes, args.video, explicit)
         if args.plot:
             sys.path.insert(0, str(pathlib.Path(__file__).parent / "results"))
             import figures

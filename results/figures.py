@@ -78,11 +78,14 @@ def plot(runs, out, x="step"):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    seen = {key for methods in groups.values() for seeds in methods.values() for seed in seeds
-            for entry in seed for key in entry}
-    measures = [key for key in MEASURES if key in seen]
+    entries = [entry for methods in groups.values() for seeds in methods.values() for seed in seeds
+               for entry in seed]
+    measures = ["eval/success"] + [  # where there is one task, its count is the success again
+        key for key in list(MEASURES)[1:]
+        if any(key in e and e[key] != e["eval/success"] for e in entries)]
     algos = sorted({algo for methods in groups.values() for algo in methods})
     figure, axes = plt.subplots(len(measures), len(groups), squeeze=False, sharex="col",
+                                layout="constrained",
                                 figsize=(5 * len(groups), 3 * len(measures) + 0.5))
     for column, (env, methods) in enumerate(groups.items()):
         for row, key in enumerate(measures):
@@ -103,7 +106,9 @@ def plot(runs, out, x="step"):
             axis.grid(alpha=0.3)
             if key == "eval/success":
                 axis.set_ylim(-0.03, 1.03)      # always all of 0..1, with room for the markers
-                axis.legend(loc="best", fontsize=8)
+                axis.legend(loc="best", fontsize=8, handlelength=3.5)
+            elif key == "eval/tasks":
+                axis.set_ylim(bottom=-0.1, top=max(1.1, axis.get_ylim()[1]))
         axes[0, column].set_title(env)
         axes[-1, column].set_xlabel(X_LABELS[x])
     try:

@@ -1,0 +1,2446 @@
+"""Tests of cmil.py and envs.py, in the order of cmil.py; the environments and whole runs follow.
+
+    pytest -q                 everything but the slow ones: about three minutes on two CPU cores
+    pytest -q -m stress       the slow ones: learning must improve, all demos re-simulated
+    pytest -q -k "not kitchen"
+
+Numbers are compared with something INDEPENDENT of the code: sums written out in float64, integrals
+on a grid, or examples worked by hand. A method of the code that needs networks is given simple
+functions in their place where that makes the right answer obvious.
+"""
+import ast
+import contextlib
+import copy
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import cmil
+import envs
+
+HERE = Path(cmil.__file__).resolve().parent
+FLOAT32 = dict(rtol=1e-5, atol=1e-5)
+torch.set_num_threads(1)
+
+
+# ------------------------------------------------------------------------------------ tools
+
+
+@pytest.fixture(autouse=True)
+def fixed_start():
+    """Every test begins with the same random numbers, and cannot leave signal handlers behind."""
+    torch.manual_seed(0)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def config(**changes):
+    """The debug preset on point, in one process, with changes."""
+    return cmil.Config(**{**cmil.PRESETS["debug"], "preset": "debug", "env": "point",
+                          "device": "cpu", "threads": 1, "num_envs": 1, **changes})
+
+
+def agent_and_replay(**changes):
+    """A small agent with A = 2 and a replay of random episodes: 2 demos, 2 others, of 20 steps."""
+    c = config(**changes)
+    device = cmil.setup_torch(c)
+    agent, replay = cmil.Agent(c, 2, device), cmil.Replay(84, c.length, 2, device)
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        action = rng.uniform(-1, 1, (21, 2)).astype(np.float32)
+        action[0] = 0
+        replay.add(rng.integers(0, 256, (21, 64, 64, 3), np.uint8), action, demo=i < 2)
+    return agent, replay
+
+
+def same(a, b):
+    """Whether two nested structures of tensors and plain values are equal, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+class Function(nn.Module):
+    """A plain function in place of a network's layers."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+def elu(x):
+    return np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def numbers(tensor):
+    return tensor.detach().numpy().astype(np.float64)
+
+
+def integral(y, x):
+    """By the trapezoidal rule."""
+    return ((y[1:] + y[:-1]) / 2 * np.diff(x)).sum()
+
+
+def linear(layer, x):
+    return x @ numbers(layer.weight).T + numbers(layer.bias)
+
+
+def randomize(module):
+    """Give every parameter (the biases, which begin at zero, too) a random value."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def calls_of(monkeypatch, owner, name, replacement):
+    """Replace owner.name by replacement(original, *args) -> list of the arguments of each call."""
+    original, calls = getattr(owner, name), []
+
+    def method(*args, **kwargs):
+        calls.append(args)
+        return replacement(original, *args, **kwargs)
+    monkeypatch.setattr(owner, name, method)
+    return calls
+
+
+# ------------------------------------------------------------------------------------ configuration
+
+
+def test_every_field_of_the_config_is_read():
+    """No option that does nothing: each is read as c.x, self.c.x or agent.c.x (oracle: the AST)."""
+    read = set()
+    for node in ast.walk(ast.parse((HERE / "cmil.py").read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = getattr(node.value, "attr", getattr(node.value, "id", ""))
+            if owner in ("c", "config"):
+                read.add(node.attr)
+    unread = {field.name for field in dataclasses.fields(cmil.Config)} - read
+    assert not unread, f"nothing reads {sorted(unread)}"
+
+
+def test_every_field_of_the_config_is_a_flag():
+    """Each field parses from the command line into its own type, with a value not its default."""
+    for field in dataclasses.fields(cmil.Config):
+        flag = "--" + field.name.replace("_", "-")
+        if isinstance(field.default, bool):
+            value, words = not field.default, [flag if not field.default else "--no-" + flag[2:]]
+        else:
+            choices = [v for v in field.metadata["choices"] or [] if v != field.default]
+            value = choices[0] if choices else type(field.default)(7)
+            words = [flag, str(value)]
+        explicit, _ = cmil.parse(words)
+        assert explicit == {field.name: value}
+        assert type(explicit[field.name]) is type(field.default)
+
+
+def test_tables_of_the_config_name_real_fields():
+    """PRESETS, ENV_PRESETS, ALGOS and RESUME_MAY_CHANGE hold fields of the right types only."""
+    types_of = {field.name: type(field.default) for field in dataclasses.fields(cmil.Config)}
+    tables = [*cmil.PRESETS.values(), *cmil.ENV_PRESETS.values(), *cmil.ALGOS.values()]
+    for name, value in itertools.chain(*(table.items() for table in tables)):
+        assert isinstance(value, types_of[name]) or types_of[name] is float, (name, value)
+    assert set(cmil.RESUME_MAY_CHANGE) <= set(types_of)
+    assert cmil.PRESETS["paper"] == {}  # the defaults ARE the paper's run
+    assert all(preset in cmil.PRESETS for _, preset in cmil.ENV_PRESETS)
+
+
+def test_paper_preset_has_the_papers_values():
+    """The defaults are the run of section 2.4 of the design (oracle: that list)."""
+    expected = dict(alpha=10, beta=10, gamma=.99, lam=.95, entropy=1e-4, horizon=15, batch=32,
+                    length=50, members=10, critics=2, stoch=360, deter=400, hidden=400, units=400,
+                    layers=4, disc_units=200, disc_layers=2, conv_depth=48, lr=3e-4, disc_lr=3e-4,
+                    adam_eps=1e-5, clip=100, weight_decay=1e-6, target_every=100, train_ratio=.4,
+                    num_envs=5, pretrain=1000, seed_steps=5000, steps=250_000, free_nats=1,
+                    kl_balance=.8, reward="logit", target="min", reward_noise=False,
+                    data_critic=True, actor_discount=True, critic_discount=True, offline=False)
+    assert {key: getattr(cmil.Config(), key) for key in expected} == expected
+    assert cmil.Config().sigma ** 2 == pytest.approx(2.5)
+
+
+def test_precedence_of_the_config(tmp_path):
+    """Defaults < preset < environment < algorithm < flags (oracle: the tables, one of each)."""
+    logdir = str(tmp_path / "run")
+    c = cmil.make_config({"env": "kitchen", "preset": "small", "algo": "dbc", "units": 99,
+                          "logdir": logdir})
+    assert c.members == cmil.PRESETS["small"]["members"] and c.units == 99 and c.gamma == 0.99
+    assert c.episode_steps == cmil.ENV_PRESETS["kitchen", "small"]["episode_steps"]
+    assert c.offline and c.reward == "none" and c.algo == "dbc"
+    c = cmil.make_config({"algo": "dbc", "preset": "debug", "offline": False, "logdir": logdir})
+    assert not c.offline and c.episode_steps == 0
+
+
+# ------------------------------------------------------------------------------------ helpers
+
+
+def test_state_action_pairs_by_hand():
+    """action[t] led to feat[t], so s_t goes with action[t+1] (an episode of 3 steps, by hand)."""
+    feat = torch.tensor([[10.], [11.], [12.], [13.]])    # s0 s1 s2 s3
+    action = torch.tensor([[0.], [.5], [.6], [.7]])      # -  a0 a1 a2: a0 = .5 was taken in s0
+    s, a = cmil.state_action_pairs(feat, action)
+    assert s.flatten().tolist() == [10, 11, 12]
+    assert a.flatten().tolist() == pytest.approx([.5, .6, .7])
+
+
+def test_images_to_floats_and_back():
+    """uint8 / 255 - 0.5, channels first; the inverse restores every one of the 256 values."""
+    image = torch.arange(256, dtype=torch.uint8).repeat(48).view(1, 64, 64, 3)
+    x = cmil.to_float(image)
+    assert x.shape == (1, 3, 64, 64)
+    for y, z, channel in [(0, 0, 0), (5, 9, 2), (63, 63, 1)]:
+        assert x[0, channel, y, z].item() == pytest.approx(image[0, y, z, channel] / 255 - .5)
+    assert torch.equal(cmil.to_uint8(x), image)
+    assert cmil.to_uint8(torch.full((3, 64, 64), 9.)).unique().tolist() == [255]
+
+
+def test_bootstrap_ci():
+    """The interval of a coin's mean is near the normal approximation; constants have width zero."""
+    values = np.arange(400) % 2
+    low, high = cmil.bootstrap_ci(values)
+    assert low == pytest.approx(.5 - 1.96 * .5 / 20, abs=.01)
+    assert high == pytest.approx(.5 + 1.96 * .5 / 20, abs=.01)
+    assert cmil.bootstrap_ci([.25] * 5) == (.25, .25)
+
+
+# ------------------------------------------------------------------------------------ distributions
+
+
+def test_kl_normal_against_an_integral():
+    """KL(p || q) = integral of p log(p / q), on a grid in float64, summed over dimensions."""
+    x = np.linspace(-30, 30, 200_001)
+
+    def log_density(mean, std):
+        return -.5 * ((x - mean) / std) ** 2 - np.log(std) - .5 * np.log(2 * np.pi)
+    p, q = [(0., 1.), (1.5, .3)], [(.5, 2.), (1., .1 + 1.)]
+    expected = sum(integral(np.exp(log_density(*i)) * (log_density(*i) - log_density(*j)), x)
+                   for i, j in zip(p, q))
+    (mean_p, std_p), (mean_q, std_q) = torch.tensor(p).T, torch.tensor(q).T
+    assert cmil.kl_normal(mean_p, std_p, mean_q, std_q).item() == pytest.approx(expected, rel=1e-5)
+    assert cmil.kl_normal(mean_p, std_p, mean_p, std_p).item() == pytest.approx(0, abs=1e-6)
+
+
+POLICIES = [(0., .1), (0.3, .5), (-.999, .3), (.9, .1), (.3, 2.1), (1., 2.1), (-1., .1)]
+
+
+def density(loc, scale, points=400_001):
+    """The truncated normal on a grid over [-1, 1] in float64, normalised by its own integral."""
+    x = np.linspace(-1, 1, points)
+    p = np.exp(-.5 * ((x - loc) / scale) ** 2)
+    return x, p / integral(p, x)
+
+
+@pytest.mark.parametrize("loc, scale", POLICIES)
+def test_truncated_normal_log_prob_and_entropy(loc, scale):
+    """log_prob, its ends at +-1, entropy and mode against integrals on a grid."""
+    x, p = density(loc, scale)
+    policy = cmil.TruncatedNormal(torch.tensor([loc]), torch.tensor([scale]))
+    pick = np.linspace(0, len(x) - 1, 41).astype(int)    # both ends are among them
+    pick = pick[p[pick] > 1e-30]
+    log_prob = policy.log_prob(torch.tensor(x[pick], dtype=torch.float32)[:, None])
+    assert torch.isfinite(log_prob).all() and log_prob.shape == (len(pick),)
+    np.testing.assert_allclose(log_prob.numpy(), np.log(p[pick]), rtol=1e-4, atol=2e-3)
+    plogp = np.where(p > 0, p * np.log(np.maximum(p, 1e-300)), 0)
+    assert policy.entropy().item() == pytest.approx(-integral(plogp, x), abs=1e-4)
+    assert policy.mode.item() == pytest.approx(x[p.argmax()], abs=1e-5)
+
+
+def test_truncated_normal_sums_over_actions():
+    """With A = 2, log_prob and entropy are the sums of those of A = 1; mode and samples are not."""
+    loc, scale = torch.tensor([[.3, -.5]]), torch.tensor([[.5, .2]])
+    both = cmil.TruncatedNormal(loc, scale)
+    one = [cmil.TruncatedNormal(loc[:, i:i + 1], scale[:, i:i + 1]) for i in range(2)]
+    x = torch.tensor([[.1, -.9]])
+    torch.testing.assert_close(both.entropy(), one[0].entropy() + one[1].entropy())
+    torch.testing.assert_close(both.log_prob(x),
+                               one[0].log_prob(x[:, :1]) + one[1].log_prob(x[:, 1:]))
+    assert both.rsample().shape == both.mode.shape == (1, 2)
+
+
+@pytest.mark.parametrize("loc, scale", POLICIES)
+def test_truncated_normal_samples(loc, scale):
+    """200,000 samples against the integrated density: Kolmogorov-Smirnov, at one in a million."""
+    n = 200_000
+    policy = cmil.TruncatedNormal(torch.full((n, 1), loc), torch.full((n, 1), scale))
+    sample = np.sort(policy.rsample().numpy()[:, 0])
+    assert sample[0] > -1 and sample[-1] < 1
+    x, p = density(loc, scale)
+    cdf = np.concatenate([[0], np.cumsum((p[1:] + p[:-1]) / 2 * np.diff(x))])
+    distance = np.abs(np.interp(sample, x, cdf) - (np.arange(n) + .5) / n).max()
+    assert distance < 2.7 / math.sqrt(n)
+
+
+def test_truncated_normal_sample_gradients():
+    """d sample / d loc and / d scale equal finite differences with the same random numbers."""
+    loc = torch.tensor([[.2, -.7, .95]], dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor([[.5, .1, 1.7]], dtype=torch.float64, requires_grad=True)
+
+    def sample(loc, scale):
+        torch.manual_seed(1)
+        return cmil.TruncatedNormal(loc, scale).rsample().sum()
+    got, h = torch.autograd.grad(sample(loc, scale), (loc, scale)), 1e-6
+    for i in range(3):
+        step = torch.zeros(1, 3, dtype=torch.float64)
+        step[0, i] = h
+        with torch.no_grad():
+            for k, move in enumerate([(step, 0 * step), (0 * step, step)]):
+                ahead = sample(loc + move[0], scale + move[1])
+                behind = sample(loc - move[0], scale - move[1])
+                slope = (ahead - behind).item() / 2 / h
+                assert got[k][0, i].item() == pytest.approx(slope, rel=1e-3)
+
+
+@pytest.mark.parametrize("loc", [-1., -.99999, 0., 1.])
+@pytest.mark.parametrize("scale", [.1, 2.1])
+def test_truncated_normal_gradients_are_finite(loc, scale):
+    """At the ends of what the actor can output, nothing that is trained through becomes NaN."""
+    loc = torch.full((100_000, 1), loc, requires_grad=True)
+    scale = torch.full((100_000, 1), scale, requires_grad=True)
+    policy = cmil.TruncatedNormal(loc, scale)
+    ends = torch.ones(1).expand(100_000, 1)
+    sample = policy.rsample()
+    for value in (sample, policy.log_prob(ends), policy.log_prob(-ends), policy.entropy()):
+        assert torch.isfinite(value).all()
+        for gradient in torch.autograd.grad(value.sum(), (loc, scale), retain_graph=True):
+            assert torch.isfinite(gradient).all()
+
+
+# ------------------------------------------------------------------------------------ networks
+
+
+def test_glorot_weights_and_zero_biases():
+    """Linear and convolution: |w| <= sqrt(6 / (fan_in + fan_out)), nearly reached; biases zero."""
+    net = nn.Sequential(nn.Linear(200, 100), nn.Conv2d(8, 16, 4), nn.ConvTranspose2d(8, 16, 5))
+    for layer, fans in zip(cmil.initialize(net), (300, 16 * 24, 25 * 24)):
+        bound = math.sqrt(6 / fans)
+        assert .98 * bound < layer.weight.abs().max() <= bound
+        assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=.05)
+        assert not layer.bias.any()
+
+
+def test_glorot_weights_of_each_head():
+    """Each head of an ensemble is initialised as if it were alone, and differs from the others."""
+    net = cmil.EnsembleMLP(5, 120, 80, 2, 60)
+    for weight, fans in zip(net.weights, (200, 160, 140)):
+        bound = math.sqrt(6 / fans)
+        for head in weight:
+            assert .98 * bound < head.abs().max() <= bound
+            assert head.std().item() == pytest.approx(bound / math.sqrt(3), rel=.05)
+        assert not any(torch.equal(weight[i], weight[j]) for i in range(5) for j in range(i))
+    assert not any(bias.any() for bias in net.biases)
+
+
+def heads_by_loop(net, x, k):
+    """Head k of an EnsembleMLP on x (N, in), layer by layer in float64."""
+    x = numbers(x)
+    for i, (weight, bias) in enumerate(zip(net.weights, net.biases)):
+        x = (elu(x) if i else x) @ numbers(weight[k]) + numbers(bias[k])
+    return x
+
+
+def test_ensemble_against_a_loop_over_heads():
+    """All heads on one input, and a drawn head for each time step, equal plain MLPs one by one."""
+    net, x = randomize(cmil.EnsembleMLP(4, 5, 7, 2, 3)), torch.randn(6, 8, 5)
+    member = [3, 0, 3, 1, 2, 1]
+    out = net(x[0])
+    assert out.shape == (4, 8, 3)
+    for k in range(4):
+        np.testing.assert_allclose(out[k].detach(), heads_by_loop(net, x[0], k), **FLOAT32)
+    out = net(x, torch.tensor(member))
+    assert out.shape == (6, 8, 3)
+    for t, k in enumerate(member):
+        np.testing.assert_allclose(out[t].detach(), heads_by_loop(net, x[t], k), **FLOAT32)
+
+
+def test_critics_are_separate_mlps_on_feat_and_action():
+    """Q_i(s, a) is head i on the joined input, for any leading shape."""
+    critics = randomize(cmil.Critics(3, 4, 2, 6, 1))
+    s, a = torch.randn(5, 7, 4), torch.randn(5, 7, 2)
+    q = critics(s, a)
+    assert q.shape == (3, 5, 7)
+    joined = torch.cat([s, a], -1)
+    for i in range(3):
+        expected = heads_by_loop(critics.heads, joined.view(35, 6), i).reshape(5, 7)
+        np.testing.assert_allclose(q[i].detach(), expected, **FLOAT32)
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_encoder_and_decoder_shapes(depth):
+    """Images to E = 32 depth numbers and feats to images, with any leading shape, one by one."""
+    encoder, decoder = cmil.Encoder(depth), cmil.Decoder(depth, 10)
+    image = torch.randint(0, 256, (2, 3, 64, 64, 3), dtype=torch.uint8)
+    embed = encoder(image)
+    assert embed.shape == (2, 3, 32 * depth) and encoder.size == 32 * depth
+    torch.testing.assert_close(embed[1, 2], encoder(image[1:, 2:])[0, 0])
+    feat = torch.randn(2, 3, 10)
+    assert decoder(feat).shape == (2, 3, 3, 64, 64)
+    torch.testing.assert_close(decoder(feat)[1, 2], decoder(feat[1:, 2:])[0, 0])
+
+
+def test_actor_distribution():
+    """loc = tanh, scale = 2 sigmoid(x / 2) + 0.1, from the two halves of the last layer."""
+    actor = randomize(cmil.Actor(4, 2, 8, 2))
+    feat = torch.randn(6, 4)
+    x = numbers(feat)
+    for layer in (actor.layers[0], actor.layers[2]):
+        x = elu(linear(layer, x))
+    out = linear(actor.layers[4], x)
+    policy = actor(feat)
+    np.testing.assert_allclose(policy.loc.detach(), np.tanh(out[:, :2]), **FLOAT32)
+    np.testing.assert_allclose(policy.scale.detach(), 2 * sigmoid(out[:, 2:] / 2) + .1, **FLOAT32)
+
+
+def test_discriminator_noise_acts_on_the_whole_input():
+    """sigma is the std of independent noise on every dimension of [feat, action]; 0 means none."""
+    disc, seen = cmil.Discriminator(3, 2, 4, 1), []
+    disc.layers = Function(lambda x: seen.append(x) or x[..., :1])
+    s, a = torch.full((50_000, 3), 5.), torch.full((50_000, 2), -1.)
+    disc(s, a, 1.5), disc(s, a)
+    noise = numbers(seen[0]) - [5, 5, 5, -1, -1]
+    np.testing.assert_allclose(np.cov(noise.T), 2.25 * np.eye(5), atol=.06)
+    np.testing.assert_allclose(noise.mean(0), 0, atol=.03)
+    assert torch.equal(seen[1], torch.cat([s, a], -1))
+
+
+# ------------------------------------------------------------------------------------ world model
+
+
+def small_rssm(members=3, seed=0):
+    torch.manual_seed(seed)
+    c = config(stoch=4, deter=6, hidden=5, members=members)
+    return randomize(cmil.RSSM(c, 2, 7))
+
+
+def gru_by_hand(rssm, stoch, deter, action):
+    """The released code's GRU in float64: one matrix, one layer norm over all gates, a split."""
+    x = elu(linear(rssm.input, np.concatenate([stoch, action], -1)))
+    gates = linear(rssm.gru, np.concatenate([x, deter], -1))
+    mean, variance = gates.mean(-1, keepdims=True), gates.var(-1, keepdims=True)
+    gates = (gates - mean) / np.sqrt(variance + 1e-3)
+    gates = gates * numbers(rssm.norm.weight) + numbers(rssm.norm.bias)
+    reset, candidate, update = np.split(gates, 3, -1)
+    candidate, update = np.tanh(sigmoid(reset) * candidate), sigmoid(update - 1)
+    return update * candidate + (1 - update) * deter
+
+
+def test_gru_step_by_hand():
+    """step_deter equals the released code's GRU written out in float64."""
+    rssm, stoch, deter, action = small_rssm(), *(torch.randn(8, n) for n in (4, 6, 2))
+    expected = gru_by_hand(rssm, *map(numbers, (stoch, deter, action)))
+    np.testing.assert_allclose(rssm.step_deter(stoch, deter, action).detach(), expected, **FLOAT32)
+
+
+def test_posterior_step_by_hand():
+    """step_post: an ELU layer on [deter, embed], mean and 2 sigmoid(x/2) + .1, mean + std noise."""
+    rssm, embed, action, noise = small_rssm(), *(torch.randn(8, n) for n in (7, 2, 4))
+    before = cmil.State(torch.randn(8, 4), torch.randn(8, 6), torch.zeros(8, 4), torch.ones(8, 4))
+    deter = gru_by_hand(rssm, *map(numbers, (before.stoch, before.deter, action)))
+    x = elu(linear(rssm.post_hidden, np.concatenate([deter, numbers(embed)], -1)))
+    mean, std = np.split(linear(rssm.post_output, x), 2, -1)
+    std = 2 * sigmoid(std / 2) + .1
+    after = rssm.step_post(before, action, rssm.post_embed(embed), noise)
+    for got, expected in [(after.deter, deter), (after.mean, mean), (after.std, std),
+                          (after.stoch, mean + std * numbers(noise))]:
+        np.testing.assert_allclose(got.detach(), expected, **FLOAT32)
+    assert torch.equal(after.feat, torch.cat([after.stoch, after.deter], -1))
+
+
+def fix_noise(monkeypatch, table):
+    """torch.randn returns successive slices of `table` along its batch dimension."""
+    begin = 0
+
+    def randn(length, batch, size, device=None):
+        nonlocal begin
+        rows, begin = slice(begin, begin + batch), (begin + batch) % table.shape[1]
+        return table[:length, rows, :size]
+    monkeypatch.setattr(torch, "randn", randn)
+
+
+def test_observe_is_a_chain_of_posterior_steps(monkeypatch):
+    """observe starts from zeros with a zero action, whatever action led to a window's first row."""
+    rssm, embed, action = small_rssm(), torch.randn(5, 3, 7), torch.randn(5, 3, 2)
+    noise = torch.randn(5, 3, 4)
+    fix_noise(monkeypatch, noise)
+    states = rssm.observe(embed, action)
+    stoch, deter = np.zeros((3, 4)), np.zeros((3, 6))
+    for t in range(5):
+        a = numbers(action[t]) * (t > 0)
+        deter = gru_by_hand(rssm, stoch, deter, a)
+        x = elu(linear(rssm.post_hidden, np.concatenate([deter, numbers(embed[t])], -1)))
+        mean, std = np.split(linear(rssm.post_output, x), 2, -1)
+        stoch = mean + (2 * sigmoid(std / 2) + .1) * numbers(noise[t])
+        np.testing.assert_allclose(states.feat[t].detach(), np.concatenate([stoch, deter], -1),
+                                   rtol=1e-4, atol=1e-4)
+
+
+def test_one_scan_over_two_halves_equals_two_scans(monkeypatch):
+    """Replay and demos in one batch of 2B: no row depends on others (oracle: each half alone)."""
+    rssm, embed, action = small_rssm(), torch.randn(6, 8, 7), torch.randn(6, 8, 2)
+    fix_noise(monkeypatch, torch.randn(6, 8, 4))
+    both = rssm.observe(embed, action)
+    halves = [rssm.observe(embed[:, i], action[:, i]) for i in (slice(0, 4), slice(4, 8))]
+    for x, first, second in zip(both, *halves):
+        torch.testing.assert_close(x, torch.cat([first, second], 1))
+
+
+def test_drawn_prior_trains_one_head_at_each_time_step():
+    """[P1] the prior of step t is exactly one member's, shared by the batch; all are drawn."""
+    rssm, deter, seen = small_rssm(), torch.randn(40, 5, 6), []
+    mean, std = rssm.drawn_prior(deter)
+    assert mean.shape == std.shape == (40, 5, 4)
+    for t in range(40):
+        parameters = list(rssm.priors.parameters())
+        gradients = torch.autograd.grad(mean[t].sum() + std[t].sum(), parameters, retain_graph=True)
+        trained = {k for g in gradients for k in range(3) if g[k].any()}
+        assert len(trained) == 1, f"step {t} trains heads {trained}"
+        seen += trained
+        out = heads_by_loop(rssm.priors, deter[t], seen[t])
+        np.testing.assert_allclose(mean[t].detach(), out[:, :4], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(std[t].detach(), 2 * sigmoid(out[:, 4:] / 2) + .1, rtol=1e-4)
+    assert set(seen) == {0, 1, 2}
+
+
+def constant_priors(rssm, means):
+    """Make head k predict the mean means[k] with std 0.1 everywhere."""
+    with torch.no_grad():
+        for weight in rssm.priors.weights:
+            weight.zero_()
+        for k, mean in enumerate(means):
+            rssm.priors.biases[-1][k, 0, :4], rssm.priors.biases[-1][k, 0, 4:] = mean, -100
+
+
+def test_imagination_draws_a_member_at_every_step():
+    """The imagined states jump between the members' means, all rows of a step together."""
+    rssm, actor = small_rssm(), cmil.Actor(10, 2, 8, 1)
+    constant_priors(rssm, [0., 10., 20.])
+    dream = cmil.imagine(rssm, actor, rssm.initial(6), torch.zeros(6, 2), 40)
+    member = (dream.feat[1:, :, :4] / 10).round()        # (H, N, S)
+    assert (member == member[:, :1, :1]).all()
+    assert set(member[:, 0, 0].tolist()) == {0, 1, 2}
+    spread = math.sqrt(200 / 3)                          # population std of 0, 10, 20
+    np.testing.assert_allclose(dream.disagreement.detach(), spread, rtol=1e-5)
+    noise = dream.feat[1:, :, :4] - 10 * member          # and each row has its own sample
+    assert noise.std().item() == pytest.approx(.1, rel=.1)
+
+
+def test_disagreement_by_hand():
+    """[P9] population std (ddof 0) over the members, then the mean over the latent dimensions."""
+    means = torch.tensor([[[1., 0.]], [[3., 0.]], [[5., 6.]]])           # (K, N, S) = (3, 1, 2)
+    # dim 0: 1 3 5, variance (4 + 0 + 4) / 3;   dim 1: 0 0 6, variance (4 + 4 + 16) / 3
+    expected = (math.sqrt(8 / 3) + math.sqrt(24 / 3)) / 2
+    assert cmil.disagreement(means).tolist() == pytest.approx([expected])
+
+
+def test_one_member_never_disagrees():
+    """K = 1: disagreement is exactly zero, and its gradient is not NaN."""
+    means = torch.randn(1, 5, 4, requires_grad=True)
+    spread = cmil.disagreement(means)
+    assert spread.shape == (5,) and not spread.any()
+    agent, replay = agent_and_replay(members=1)
+    info = agent.update(replay)
+    assert all(torch.isfinite(value) for value in info.values())
+    assert info["uncertainty"] == 0 and not any(agent.skipped_in_a_row().values())
+
+
+def test_members_that_agree_have_a_finite_gradient():
+    """Where all K means are equal, the std's gradient would be 0 / 0; a NaN would end the run."""
+    means = torch.ones(3, 5, 4, requires_grad=True)
+    spread = cmil.disagreement(means)
+    gradient, = torch.autograd.grad(spread.sum(), means)
+    assert (spread.abs() < 1e-5).all() and torch.isfinite(gradient).all()
+
+
+def fake_world(mean, std, picture):
+    """A world model with this prior and this reconstruction, whatever it is asked."""
+    rssm = types.SimpleNamespace(drawn_prior=lambda deter: (mean, std))
+    return types.SimpleNamespace(decoder=lambda feat: picture, rssm=rssm)
+
+
+def world_loss_case(post_mean, picture=0., free_nats=1., kl_balance=.8):
+    """world_model_loss for std 1, a prior of mean 0 and white images -> loss, info, prior."""
+    L, B, S = post_mean.shape
+    image = torch.full((L, B, 64, 64, 3), 255, dtype=torch.uint8)        # 0.5 in floats
+    prior = torch.zeros(L, B, S, requires_grad=True)
+    ones = torch.ones(L, B, S)
+    post = cmil.State(post_mean, torch.zeros(L, B, 1), post_mean, ones)
+    world = fake_world(prior, ones, torch.full((L, B, 3, 64, 64), picture))
+    c = config(free_nats=free_nats, kl_balance=kl_balance)
+    return *cmil.world_model_loss(world, image, post, c), prior
+
+
+def test_reconstruction_is_summed_over_pixels():
+    """-log p(x|s) of a unit-variance normal: half the squared error, summed over 3 x 64 x 64."""
+    _, info, _ = world_loss_case(torch.zeros(2, 3, 4), picture=.1)
+    assert info["recon"].item() == pytest.approx(.5 * .4 ** 2 * 3 * 64 * 64, rel=1e-5)
+
+
+def test_free_nats_apply_to_the_mean():
+    """KLs of 0 and 1.8 nats average to 0.9 < 1: the loss is 1, and no gradient flows [D2]."""
+    post_mean = torch.zeros(2, 1, 2)
+    post_mean[0, 0] = torch.tensor([math.sqrt(2 * 1.8), 0])              # KL = mean^2 / 2
+    post_mean.requires_grad_()
+    loss, info, prior = world_loss_case(post_mean, picture=.5)
+    assert info["kl"].item() == pytest.approx(.9)
+    assert loss.item() == pytest.approx(1)
+    for gradient in torch.autograd.grad(loss, (post_mean, prior)):
+        assert not gradient.any()
+    # Clamping each KL before the mean would give (1 + 1.8) / 2 = 1.4 and train row 0.
+
+
+def test_kl_balance():
+    """d KL / d post mean = m, / d prior mean = -m: the posterior gets .2 of it, the prior .8."""
+    post_mean = torch.full((2, 3, 4), 2., requires_grad=True)
+    loss, info, prior = world_loss_case(post_mean, picture=.5)
+    assert info["kl"].item() == pytest.approx(4 * 2 ** 2 / 2)    # sum over S, mean over L, B
+    assert loss.item() == pytest.approx(8)
+    to_post, to_prior = torch.autograd.grad(loss, (post_mean, prior))
+    np.testing.assert_allclose(to_post, .2 * 2 / 6, rtol=1e-5)
+    np.testing.assert_allclose(to_prior, -.8 * 2 / 6, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------ D and reward
+
+
+def test_discriminator_loss_by_hand():
+    """[P8] -mean log D(expert) - mean log(1 - D(policy)), each over its own number of pairs."""
+    def disc(s, a, sigma=0.):
+        return s[..., 0] + 2 * a[..., 0]
+    expert = torch.tensor([[1.], [.5]]), torch.tensor([[1.], [0.]])              # logits 3, .5
+    policy = torch.tensor([[-1.], [0.], [2.]]), torch.tensor([[0.], [0.], [-1.5]])   # -1, 0, -1
+    d_expert, d_policy = sigmoid(np.array([3, .5])), sigmoid(np.array([-1, 0, -1]))
+    loss, info = cmil.discriminator_loss(disc, expert, policy, 1.)
+    expected = -np.log(d_expert).mean() - np.log(1 - d_policy).mean()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert info["disc/expert"].item() == pytest.approx(d_expert.mean(), rel=1e-5)
+    assert info["disc/policy"].item() == pytest.approx(d_policy.mean(), rel=1e-5)
+    assert info["disc/gap"].item() == pytest.approx(d_expert.mean() - d_policy.mean(), rel=1e-4)
+
+
+def test_discriminator_loss_noises_both_sides_and_reports_clean_ones():
+    """The loss sees the same sigma on expert and policy; disc/* are measured without noise."""
+    sigmas = []
+
+    def disc(s, a, sigma=0.):
+        sigmas.append(sigma)
+        return s.sum(-1)
+    pair = torch.zeros(4, 1), torch.zeros(4, 1)
+    cmil.discriminator_loss(disc, pair, pair, 1.5)
+    assert sigmas == [1.5, 1.5, 0., 0.]
+
+
+def random_dream(H=4, N=6, S=3, A=2, dtype=torch.float64, grad=False):
+    """A Dream of random numbers."""
+    def tensor(*shape):
+        return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
+    return cmil.Dream(tensor(H + 1, N, S), tensor(H + 1, N, A), tensor(N, A),
+                      tensor(H, N).abs(), tensor(H, N))
+
+
+# Functions in place of networks: cheap, float64, and different in every argument.
+
+
+def toy_disc(s, a, sigma=0.):
+    return torch.sin(s.sum(-1)) + .7 * a[..., 0] - .2 * a[..., -1] * s[..., 0]
+
+
+def toy_critics(s, a):
+    return torch.stack([s[..., 0] + .5 * a.sum(-1), .8 - s[..., 1] * a[..., 0],
+                        s.sum(-1) - a[..., 1]])
+
+
+def toy_targets(s, a):
+    return .9 * toy_critics(s, a) + .1
+
+
+def literal_reward(s, a, u, alpha):
+    """[P10] log D - log(1 - D) - alpha u for single vectors, through D itself."""
+    logit = np.sin(s.sum()) + .7 * a[0] - .2 * a[-1] * s[0]
+    D = 1 / (1 + np.exp(-logit))
+    return np.log(D) - np.log(1 - D) - alpha * u
+
+
+def literal_q(s, a):
+    return np.array([s[0] + .5 * a.sum(), .8 - s[1] * a[0], s.sum() - a[1]])
+
+
+def test_conservative_reward_is_literally_P10():
+    """r_t = log D(s_t, a_t) - log(1 - D(s_t, a_t)) - alpha u_t, number by number in float64."""
+    dream = random_dream()
+    got = cmil.conservative_reward(toy_disc, dream, config(alpha=3.))
+    assert got.shape == (4, 6)
+    feat, action, u = map(numbers, (dream.feat, dream.action, dream.disagreement))
+    for t, n in itertools.product(range(4), range(6)):
+        expected = literal_reward(feat[t, n], action[t + 1, n], u[t, n], 3.)
+        assert got[t, n].item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_sigmoid_reward():
+    """[C]'s reward, D itself instead of its logit, with the same penalty."""
+    dream = random_dream()
+    got = cmil.conservative_reward(toy_disc, dream, config(alpha=3., reward="sigmoid"))
+    D = sigmoid(numbers(toy_disc(dream.feat[:-1], dream.action[1:])))
+    np.testing.assert_allclose(got, D - 3 * numbers(dream.disagreement), atol=1e-12)
+
+
+def test_reward_noise_switch():
+    """[C] reward_noise: std sigma on each of the F + A inputs; off (the default): none at all."""
+    disc = cmil.Discriminator(3, 2, 4, 1)
+    disc.layers = Function(lambda x: x.sum(-1, keepdim=True))    # its noise: variance 5 sigma^2
+    dream = random_dream(H=40, N=500, dtype=torch.float32)
+    clean = dream.feat[:-1].sum(-1) + dream.action[1:].sum(-1)
+    got = cmil.conservative_reward(disc, dream, config(alpha=0., sigma=1.5))
+    torch.testing.assert_close(got, clean)
+    noisy = cmil.conservative_reward(disc, dream, config(alpha=0., sigma=1.5, reward_noise=True))
+    assert (noisy - clean).std().item() == pytest.approx(1.5 * math.sqrt(5), rel=.03)
+
+
+def test_dream_rows():
+    """Rows of a Dream: s_0 and what led to it first; u_t is the spread of the priors of s_{t+1}."""
+    rssm, actor = small_rssm(), randomize(cmil.Actor(10, 2, 8, 1))
+    start = cmil.State(torch.randn(5, 4), torch.randn(5, 6), torch.zeros(5, 4), torch.ones(5, 4))
+    led_here = torch.randn(5, 2)
+    dream = cmil.imagine(rssm, actor, start, led_here, 3)
+    assert dream.feat.shape == (4, 5, 10) and dream.action.shape == (4, 5, 2)
+    assert torch.equal(dream.feat[0], start.feat) and torch.equal(dream.action[0], led_here)
+    feat, action = numbers(dream.feat), numbers(dream.action)
+    for t in range(3):
+        deter = gru_by_hand(rssm, feat[t, :, :4], feat[t, :, 4:], action[t + 1])
+        np.testing.assert_allclose(feat[t + 1, :, 4:], deter, rtol=1e-4, atol=1e-4)
+        means = np.stack([heads_by_loop(rssm.priors, dream.feat[t + 1, :, 4:], k)[:, :4]
+                          for k in range(3)])
+        spread = np.sqrt(((means - means.mean(0)) ** 2).mean(0)).mean(-1)
+        np.testing.assert_allclose(dream.disagreement[t].detach(), spread, rtol=1e-3)
+        np.testing.assert_allclose(dream.entropy[t].detach(),
+                                   actor(dream.feat[t]).entropy().detach(), rtol=1e-5)
+    assert dream.last_action.shape == (5, 2) and dream.last_action.abs().max() < 1
+
+
+# ------------------------------------------------------------------------------------ values
+
+
+def literal_lambda_return(r, v, gamma, lam):
+    """[W5] as printed, with V_k of [W-]: r (H,), v (H+1,) -> list of H numbers.
+
+    V_k(s_t) = sum_{i<k} g^i r_{t+i} + g^k v_{t+k}
+    V(s_t)   = (1-l) sum_{k=1}^{H-t-1} l^{k-1} V_k(s_t) + l^{H-t-1} V_{H-t}(s_t)
+    """
+    H, returns = len(r), []
+    for t in range(H):
+        def V(k):
+            return sum(gamma ** i * r[t + i] for i in range(k)) + gamma ** k * v[t + k]
+        total = (1 - lam) * sum(lam ** (k - 1) * V(k) for k in range(1, H - t))
+        returns.append(total + lam ** (H - t - 1) * V(H - t))
+    return returns
+
+
+@pytest.mark.parametrize("gamma, lam", [(.99, .95), (.9, .5), (1., 1.), (.9, 0.)])
+def test_lambda_return_against_the_double_sum(gamma, lam):
+    """The recursion equals the double sum of [W5] in float64."""
+    reward, value = torch.randn(7, 4, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64)
+    got = cmil.lambda_return(reward, value, gamma, lam)
+    for n in range(4):
+        expected = literal_lambda_return(numbers(reward[:, n]), numbers(value[:, n]), gamma, lam)
+        np.testing.assert_allclose(got[:, n], expected, rtol=1e-12)
+
+
+def test_lambda_return_by_hand():
+    """Two steps, g = l = 1/2: V_1 = 3 + 8/2 = 7 and V_0 = 1 + (4/2 + 7/2)/2 = 3.75."""
+    got = cmil.lambda_return(torch.tensor([[1.], [3.]]), torch.tensor([[99.], [4.], [8.]]), .5, .5)
+    assert got.flatten().tolist() == [3.75, 7.]
+
+
+def test_state_values():
+    """V_0(s_t) = min_i Q_i(s_t, a_t) for t = 0..H, where a_H is last_action."""
+    dream = random_dream()
+    got = cmil.state_values(toy_critics, dream)
+    feat, action, last = map(numbers, (dream.feat, dream.action, dream.last_action))
+    assert got.shape == (5, 6)
+    for t, n in itertools.product(range(5), range(6)):
+        a = action[t + 1, n] if t < 4 else last[n]
+        assert got[t, n].item() == pytest.approx(literal_q(feat[t, n], a).min(), abs=1e-12)
+
+
+def test_random_target_is_one_of_the_critics():
+    """target=random: one critic for a whole update [C], each of them in turn."""
+    dream, seen = random_dream(), set()
+    q = toy_critics(dream.feat, torch.cat([dream.action[1:], dream.last_action[None]]))
+    for _ in range(40):
+        value = cmil.state_values(toy_critics, dream, "random")
+        match = [i for i in range(3) if torch.equal(q[i], value)]
+        assert len(match) == 1
+        seen.add(match[0])
+    assert seen == {0, 1, 2}
+
+
+def test_discounts():
+    """g^0, g^1, g^2 along time."""
+    assert cmil.discounts(.5, torch.zeros(3, 2)).flatten().tolist() == [1, .5, .25]
+
+
+@pytest.mark.parametrize("discount", [True, False])
+def test_actor_loss_is_literally_W6(discount):
+    """-mean_{t,n} g^t [ l V + (1-l) V_0 + entropy H ] from [W5], [W-], [P10] in float64 loops."""
+    dream = random_dream()
+    c = config(alpha=3., gamma=.9, lam=.8, entropy=.05, actor_discount=discount)
+    got, info = cmil.actor_loss(toy_critics, toy_disc, dream, c)
+    feat, action, last = map(numbers, (dream.feat, dream.action, dream.last_action))
+    u, entropy, total = numbers(dream.disagreement), numbers(dream.entropy), 0
+    for n in range(6):
+        r = [literal_reward(feat[t, n], action[t + 1, n], u[t, n], 3.) for t in range(4)]
+        a = [*action[1:, n], last[n]]
+        v = [literal_q(feat[t, n], a[t]).min() for t in range(5)]
+        V = literal_lambda_return(r, v, .9, .8)
+        for t in range(4):
+            objective = .8 * V[t] + .2 * v[t] + .05 * entropy[t, n]
+            total -= (.9 ** t if discount else 1) * objective / (4 * 6)
+    assert got.item() == pytest.approx(total, rel=1e-9)
+    assert info["uncertainty"].item() == pytest.approx(u.mean())
+
+
+def test_clone_loss_pairs_by_hand():
+    """BC: -mean log pi(a_t|s_t) with a_t = action[t+1]; a stub policy with log pi = -(a - s)^2."""
+    def actor(s):
+        assert not s.requires_grad
+        return types.SimpleNamespace(log_prob=lambda a: -((a - s) ** 2).sum(-1))
+    feat = torch.tensor([[[1.]], [[2.]], [[3.]]], requires_grad=True)    # (L, B, F)
+    action = torch.tensor([[[99.]], [[.5]], [[.25]]])                    # s0 -> .5, s1 -> .25
+    expected = ((.5 - 1) ** 2 + (.25 - 2) ** 2) / 2
+    assert cmil.clone_loss(actor, feat, action).item() == pytest.approx(expected)
+
+
+def test_critic_targets_by_hand():
+    """Both targets on an episode of three rows, all numbers in the comments.
+
+    L = 3, B = 1, H = 1, g = l = 1/2, alpha = 1. States and actions are numbers; Q_1 = s + a,
+    Q_2 = 2 s, the logit of D is s - a.
+    """
+    def critics(s, a):
+        return torch.stack([(s + a)[..., 0], 2 * s[..., 0]])
+
+    def disc(s, a, sigma=0.):
+        assert sigma == 0
+        return (s - a)[..., 0]
+    # Rollout n starts at the replayed state s_n; one imagined step each.
+    #              n:   0   1   2
+    feat = torch.tensor([[1., 2., 3.],        # s_0
+                         [4., -1., 6.]])      # s_1 (imagined)
+    action = torch.tensor([[9., 9., 9.],      # what led to s_0: in no pair
+                           [3., 1., 0.]])     # a_0
+    dream = cmil.Dream(feat[..., None], action[..., None], torch.tensor([[0.], [2.], [1.]]),
+                       torch.tensor([[.5, 0., 1.]]), torch.zeros(1, 3))
+    # v_0 = min(s + a, 2 s):  min(4, 2) = 2   min(3, 4) = 3     min(3, 6) = 3
+    # v_1 with a_H:           min(4, 8) = 4   min(1, -2) = -2   min(7, 12) = 7
+    # r_0 = s - a - u:        1 - 3 - .5 = -2.5   2 - 1 - 0 = 1     3 - 0 - 1 = 2
+    # Vbar = r_0 + v_1 / 2:   -2.5 + 2 = -.5      1 - 1 = 0         2 + 3.5 = 5.5
+    replay_feat = torch.tensor([1., 2., 3.]).view(3, 1, 1)
+    replay_action = torch.tensor([9., .5, -1.]).view(3, 1, 1)            # s0 -> .5, s1 -> -1
+    # r_j = s_j - a_j, no penalty:          1 - .5 = .5              2 + 1 = 3
+    # + (Vbar_0 / 2 + Vbar / 2) / 2 there:  (3/2 + 0/2) / 2 = .75    (3/2 + 5.5/2) / 2 = 2.125
+    c = config(gamma=.5, lam=.5, alpha=1.)
+    model, data = cmil.critic_targets(critics, disc, dream, replay_feat, replay_action, c)
+    assert model.flatten().tolist() == pytest.approx([-.5, 0, 5.5])
+    assert data.flatten().tolist() == pytest.approx([.5 + .75, 3 + 2.125])
+
+
+@pytest.mark.parametrize("target", ["min", "random"])
+def test_critic_targets_are_literally_W7_and_W8(target):
+    """Vbar, and r_j + g((1-l) Vbar_0 + l Vbar) of the rollout from s_{j+1}, in float64 loops."""
+    dream, L, B = random_dream(), 3, 2                                   # N = 6 = L B
+    replay_feat, replay_action = dream.feat[0].view(L, B, 3), dream.action[0].view(L, B, 2)
+    c = config(alpha=3., gamma=.9, lam=.8, target=target)
+    model, data = cmil.critic_targets(toy_targets, toy_disc, dream, replay_feat, replay_action, c)
+    assert model.shape == (4, 6) and data.shape == (2, 2)
+    feat, action, last = map(numbers, (dream.feat, dream.action, dream.last_action))
+    u = numbers(dream.disagreement)
+
+    def expected(choose):
+        V, v0 = [], []
+        for n in range(6):
+            r = [literal_reward(feat[t, n], action[t + 1, n], u[t, n], 3.) for t in range(4)]
+            a = [*action[1:, n], last[n]]
+            v = [choose(.9 * literal_q(feat[t, n], a[t]) + .1) for t in range(5)]
+            V.append(literal_lambda_return(r, v, .9, .8))
+            v0.append(v[0])
+        yield np.array(V).T                                              # (H, N)
+        yield np.array([[literal_reward(feat[0, j * B + b], action[0, (j + 1) * B + b], 0, 0)
+                         + .9 * (.2 * v0[(j + 1) * B + b] + .8 * V[(j + 1) * B + b][0])
+                         for b in range(B)] for j in range(L - 1)])
+    rules = [np.min] if target == "min" else [lambda q, i=i: q[i] for i in range(3)]
+    fits = [all(np.allclose(got, want, atol=1e-9)
+                for got, want in zip((model, data), expected(rule))) for rule in rules]
+    assert sum(fits) == 1
+
+
+@pytest.mark.parametrize("discount, data_critic", [(True, True), (False, True), (True, False)])
+def test_critic_loss_is_literally_W9(discount, data_critic):
+    """sum_i [ mean g^{t+1} (Q_i - Vbar)^2 + mean_j (Q_i - target_j)^2 ] in float64 loops."""
+    dream, L, B = random_dream(), 3, 2
+    replay_feat = torch.randn(L, B, 3, dtype=torch.float64)
+    replay_action = torch.randn(L, B, 2, dtype=torch.float64)
+    model, data = torch.randn(4, 6, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
+    c = config(gamma=.9, critic_discount=discount, data_critic=data_critic)
+    got, info = cmil.critic_loss(toy_critics, (model, data), dream, replay_feat, replay_action, c)
+    feat, action, total = numbers(dream.feat), numbers(dream.action), 0
+    for t, n in itertools.product(range(4), range(6)):
+        error = literal_q(feat[t, n], action[t + 1, n]) - model[t, n].item()
+        total += (.9 ** (t + 1) if discount else 1) * (error ** 2).sum() / (4 * 6)
+    assert info["critic/model"].item() == pytest.approx(total, rel=1e-9)
+    for j, b in itertools.product(range(L - 1), range(B)):
+        q = literal_q(numbers(replay_feat[j, b]), numbers(replay_action[j + 1, b]))
+        total += data_critic * ((q - data[j, b].item()) ** 2).sum() / ((L - 1) * B)
+    assert got.item() == pytest.approx(total, rel=1e-9)
+
+
+# ------------------------------------------------------------------------------------ who learns
+
+
+def capture_losses(agent, replay, update):
+    """Run agent.update or agent.clone_update up to its losses -> {network: loss}; no step."""
+    captured = {}
+    agent.apply = lambda losses, info: captured.update(losses)
+    update(replay)
+    del agent.apply
+    return captured
+
+
+def touched(loss, module):
+    """Names of the parameters of `module` with a gradient of `loss` that is not zero."""
+    names, parameters = zip(*module.named_parameters())
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return {name for name, g in zip(names, gradients) if g is not None and g.any()}
+
+
+DYNAMICS = {"rssm.input", "rssm.gru", "rssm.norm", "rssm.priors"}
+
+
+def test_gradient_routing_table():
+    """Who learns from what (the table above class Agent), by autograd over ALL parameters."""
+    agent, replay = agent_and_replay(alpha=3., free_nats=0.)     # or the priors might have none
+    losses = capture_losses(agent, replay, agent.update)
+    nets = {name: getattr(agent, name) for name in ("world", "actor", "disc", "critics", "targets")}
+    agent.targets.requires_grad_(True)
+    reach = {(loss, name): touched(losses[loss], net)
+             for loss in losses for name, net in nets.items()}
+    everything = {name: {n for n, _ in net.named_parameters()} for name, net in nets.items()}
+    # Every parameter of its own network learns (of the priors: the drawn heads, at least one).
+    owned = {"world": "world", "disc": "disc", "critic": "critics", "actor": "actor"}
+    for loss, net in owned.items():
+        missed = everything[net] - reach[loss, net]
+        assert not missed, f"the {loss} loss misses {missed}"
+    # World model, discriminator and critics touch nothing else.
+    for loss in ("world", "disc", "critic"):
+        for name in set(nets) - {owned[loss]}:
+            assert not reach[loss, name], f"the {loss} loss reaches {name}: {reach[loss, name]}"
+    # The actor's loss runs through D, the critics and the dynamics, but not to encoder, posterior
+    # or decoder: imagination starts at detached states. (What it runs through does not step.)
+    assert reach["actor", "disc"] and reach["actor", "critics"] and not reach["actor", "targets"]
+    parts = {".".join(name.split(".")[:2]) for name in reach["actor", "world"]}
+    assert parts == DYNAMICS
+
+
+def test_cloning_trains_only_the_actor():
+    """The BC term reaches no network but the actor; in clone_update the world model has its own."""
+    agent, replay = agent_and_replay()
+    losses = capture_losses(agent, replay, agent.clone_update)
+    assert set(losses) == {"world", "actor"}
+    assert touched(losses["actor"], agent.actor) and not touched(losses["actor"], agent.world)
+    assert touched(losses["world"], agent.world) and not touched(losses["world"], agent.actor)
+
+
+def test_the_policys_own_input_is_cut():
+    """a_t ~ pi(.|stop_grad(s_t)): states carry gradient along a rollout, later actions do not."""
+    rssm, actor = small_rssm(), randomize(cmil.Actor(10, 2, 8, 1))
+    stoch = torch.randn(5, 4, requires_grad=True)
+    start = cmil.State(stoch, torch.randn(5, 6), torch.zeros(5, 4), torch.ones(5, 4))
+    dream = cmil.imagine(rssm, actor, start, torch.zeros(5, 2), 3)
+
+    def gradient(of, to):
+        g, = torch.autograd.grad(of.sum(), to, allow_unused=True, retain_graph=True)
+        return g is not None and bool(g.any())
+    assert gradient(dream.feat[3], stoch) and gradient(dream.disagreement[2], stoch)
+    for value in (dream.action[1:], dream.last_action, dream.entropy):
+        assert value.requires_grad and not gradient(value, stoch)
+
+
+def actor_gradient(**changes):
+    """The actor's gradient of [W6] + BC in one update with fixed random numbers, as one vector."""
+    torch.manual_seed(0)
+    agent, replay = agent_and_replay(**changes)
+    torch.manual_seed(1)
+    losses = capture_losses(agent, replay, agent.update)
+    return torch.cat([g.flatten() for g in agent.opts["actor"].gradients(losses["actor"])])
+
+
+def test_actor_feels_each_part_of_its_objective():
+    """alpha, the reward's form, beta, entropy and the values all change the actor's gradient."""
+    base = actor_gradient(alpha=1., beta=0.)
+    for change in (dict(alpha=2.), dict(reward="sigmoid"), dict(beta=1.), dict(entropy=1.),
+                   dict(lam=0.), dict(gamma=.5), dict(actor_discount=False)):
+        other = actor_gradient(**{"alpha": 1., "beta": 0., **change})
+        assert not torch.allclose(base, other, rtol=1e-3), change
+    # Linear in alpha and beta: equal steps change the gradient equally.
+    by_alpha = [actor_gradient(alpha=a, beta=0.) for a in (0., 1., 2.)]
+    torch.testing.assert_close(by_alpha[2] - by_alpha[1], by_alpha[1] - by_alpha[0],
+                               rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("update", ["update", "clone_update"])
+def test_update_steps_each_network_on_its_own_gradient(update, monkeypatch):
+    """Every optimizer gets d(own loss)/d(own parameters) at the parameters before the update.
+
+    Oracle: autograd on the captured losses, before anything has stepped.
+    """
+    agent, replay = agent_and_replay()
+    expected, got, real_apply = {}, {}, agent.apply
+
+    def apply(losses, info):
+        for name, loss in losses.items():
+            parameters = agent.opts[name].params
+            expected[name] = torch.autograd.grad(loss, parameters, retain_graph=True,
+                                                 allow_unused=True)
+        return real_apply(losses, info)
+    agent.apply = apply
+    calls = calls_of(monkeypatch, cmil.Optimizer, "step",
+                     lambda real, self, grads: real(self, grads))
+    getattr(agent, update)(replay)
+    names = {id(opt): name for name, opt in agent.opts.items()}
+    for opt, gradients in calls:
+        got[names[id(opt)]] = gradients
+    assert got.keys() == expected.keys()
+    for name in got:
+        for mine, other in zip(got[name], expected[name]):
+            assert (mine is None) == (other is None)
+            assert mine is None or torch.equal(mine, other)
+    modules = [agent.world, agent.actor, agent.disc, agent.critics, agent.targets]
+    assert all(p.grad is None for module in modules for p in module.parameters())
+    owners = [p for opt in agent.opts.values() for p in opt.params]
+    assert len(owners) == len({id(p) for p in owners})   # no parameter has two owners
+    learning = {id(p) for module in modules[:4] for p in module.parameters()}
+    assert {id(p) for p in owners} == learning
+
+
+def test_update_uses_the_replay_half_and_the_demo_half(monkeypatch):
+    """World model, imagination and [W8] see the replay half; discriminator and BC the demos' half.
+
+    Replay pictures are black and its actions -0.5; those of the demos are white and +0.5.
+    """
+    c = config()
+    agent = cmil.Agent(c, 2, cmil.setup_torch(c))
+    replay = cmil.Replay(1000, c.length, 2, torch.device("cpu"))
+    white, black = (np.full((21, 64, 64, 3), v, np.uint8) for v in (255, 0))
+    half = np.full((21, 2), .5, np.float32)
+    replay.add(white, half, demo=True)
+    replay.add(black, -half)
+    # Of each half, draw windows at nine tenths of the starts.
+    monkeypatch.setattr(torch, "rand", lambda n, device=None: torch.full((n,), .9))
+    seen = {name: calls_of(monkeypatch, cmil, name, lambda real, *args: real(*args))
+            for name in ("world_model_loss", "imagine", "discriminator_loss", "critic_targets",
+                         "critic_loss", "clone_loss")}
+    agent.update(replay)
+    L, B = c.length, c.batch
+    _, image, post, _ = seen["world_model_loss"][0]
+    assert image.shape == (L, B, 64, 64, 3) and not image.any() and post.stoch.shape[:2] == (L, B)
+    _, _, start, led_here, horizon = seen["imagine"][0]
+    assert start.stoch.shape[0] == L * B and horizon == c.horizon and (led_here == -.5).all()
+    torch.testing.assert_close(start.feat, post.feat.flatten(0, 1))      # row t B + b
+    assert not start.stoch.requires_grad and not start.deter.requires_grad
+    _, (s, a), (policy_s, policy_a), sigma = seen["discriminator_loss"][0]
+    assert s.shape[:2] == (L - 1, B) and (a == .5).all() and sigma == c.sigma
+    assert policy_s.shape[:2] == policy_a.shape[:2] == (c.horizon, L * B)
+    assert not policy_s.requires_grad and not policy_a.requires_grad and not s.requires_grad
+    _, _, _, feat, action, _ = seen["critic_targets"][0]
+    assert (action == -.5).all() and torch.equal(feat, post.feat.detach())
+    _, _, _, feat, action, _ = seen["critic_loss"][0]
+    assert (action == -.5).all() and torch.equal(feat, post.feat.detach())
+    _, feat, action = seen["clone_loss"][0]
+    assert (action == .5).all() and torch.equal(feat[:-1], s)
+
+
+# ------------------------------------------------------------------------------------ optimizer
+
+
+def adam_by_hand(w, gradients, c, lr):
+    """AdamW in float64 with global-norm clipping; decay w *= 1 - c.weight_decay comes first."""
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    for step, g in enumerate(gradients, 1):
+        g = g * min(1, c.clip / np.linalg.norm(g))
+        w = w * (1 - c.weight_decay)
+        m, v = .9 * m + .1 * g, .999 * v + .001 * g ** 2
+        w = w - lr * (m / (1 - .9 ** step)) / (np.sqrt(v / (1 - .999 ** step)) + c.adam_eps)
+    return w
+
+
+def test_optimizer_is_adam_with_clipping():
+    """Three steps, the second one clipped, against Adam by hand in float64; norms are unclipped."""
+    net, c, rng = nn.Linear(4, 3), config(clip=5., weight_decay=1e-3), np.random.default_rng(0)
+    opt = cmil.Optimizer(net, .01, c)
+    before = np.concatenate([numbers(p).ravel() for p in net.parameters()])
+    gradients = [rng.normal(size=15) * scale for scale in (.5, 100., .3)]
+    for g in gradients:
+        parts = torch.tensor(g[:12].reshape(3, 4)).float(), torch.tensor(g[12:]).float()
+        assert opt.step(parts).item() == pytest.approx(np.linalg.norm(g), rel=1e-5)
+    after = np.concatenate([numbers(p).ravel() for p in net.parameters()])
+    np.testing.assert_allclose(after, adam_by_hand(before, gradients, c, .01), rtol=1e-5, atol=1e-6)
+    assert np.abs(after - before).max() > 1e-2
+
+
+@pytest.mark.parametrize("lr", [3e-4, 5e-4, 1e-2])
+def test_weight_decay_factor(lr):
+    """With a zero gradient a step multiplies weights by 1 - 1e-6, to within one float32."""
+    net = nn.Linear(100, 100)
+    opt = cmil.Optimizer(net, lr, config(lr=lr))
+    before = numbers(net.weight)
+    opt.step([torch.zeros_like(p) for p in net.parameters()])
+    expected = before * (1 - 1e-6)
+    neighbour = np.spacing(np.abs(expected).astype(np.float32))
+    assert (np.abs(numbers(net.weight) - expected) <= neighbour).all()
+    assert (net.weight.detach().numpy() != before.astype(np.float32)).mean() > .99
+
+
+def test_weight_decay_is_coupled_to_nothing_else():
+    """The paper preset's decay is 1e-6 a step; weight_decay=0 leaves weights as they are."""
+    assert cmil.Config().weight_decay == 1e-6
+    net = nn.Linear(5, 5)
+    opt = cmil.Optimizer(net, 3e-4, config(weight_decay=0.))
+    before = copy.deepcopy(net.state_dict())
+    opt.step([torch.zeros_like(p) for p in net.parameters()])
+    assert same(net.state_dict(), before)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_non_finite_gradient_changes_nothing(poison):
+    """A NaN or infinity anywhere skips weights, moments, decay and step count, and is counted."""
+    net = nn.Linear(4, 3)
+    opt = cmil.Optimizer(net, .01, config())
+    good = [torch.ones_like(p) for p in net.parameters()]
+    bad = [torch.ones_like(p) for p in net.parameters()]
+    bad[1][2] = poison
+    opt.step(good)
+    before = copy.deepcopy((net.state_dict(), opt.adam.state_dict()["state"]))
+    for count in (1, 2):
+        opt.step(bad)
+        assert same((net.state_dict(), opt.adam.state_dict()["state"]), before)
+        assert opt.skipped == opt.skipped_now == count
+    opt.step(good)
+    assert opt.skipped == 2 and opt.skipped_now == 0
+    assert not same(net.state_dict(), before[0])
+    assert opt.adam.state_dict()["state"][0]["step"] == 2
+
+
+# ------------------------------------------------------------------------------------ agent
+
+
+def test_targets_are_copied_on_schedule_only():
+    """target_every = 3: updates 3 and 6 make the targets equal to the critics; else they rest."""
+    agent, replay = agent_and_replay(target_every=3)
+    last = copy.deepcopy(agent.critics.state_dict())
+    for update in range(1, 8):
+        agent.update(replay)
+        critics = agent.critics.state_dict()
+        if update % 3 == 0:
+            last = copy.deepcopy(critics)
+        assert same(agent.targets.state_dict(), last), f"update {update}"
+        assert update % 3 == 0 or not same(critics, last)
+    assert not any(p.requires_grad for p in agent.targets.parameters())
+
+
+def test_acting_is_filtering(monkeypatch):
+    """act(), frame by frame, arrives at the states that observe() finds for the whole episode."""
+    agent, _ = agent_and_replay()
+    for net in (agent.world.rssm, agent.actor):
+        randomize(net)
+    image = np.random.default_rng(0).integers(0, 256, (7, 3, 64, 64, 3), np.uint8)
+    actions, states, carry = [np.zeros((3, 2), np.float32)], [], None
+    for t in range(7):
+        action, carry = agent.act(image[t], carry, sample=False)
+        states.append(carry[0])
+        actions.append(action)
+        torch.testing.assert_close(torch.tensor(action), agent.actor(carry[0].feat).mode)
+    fix_noise(monkeypatch, torch.zeros(7, 3, 100))
+    post = agent.world.rssm.observe(agent.world.encoder(torch.tensor(image)),
+                                    torch.tensor(np.stack(actions[:7])))
+    for t in range(7):
+        torch.testing.assert_close(states[t].feat, post.feat[t], rtol=1e-4, atol=1e-4)
+
+
+def test_acting_samples_latents_and_actions():
+    """sample=True draws both, for each environment anew; sample=False is the same every time."""
+    agent, _ = agent_and_replay()
+    image = np.zeros((2, 64, 64, 3), np.uint8)
+    first, second = (agent.act(image, sample=False) for _ in range(2))
+    assert np.array_equal(first[0], second[0])
+    first, second = (agent.act(image) for _ in range(2))
+    assert (first[0] != second[0]).all() and (first[1][0].stoch != second[1][0].stoch).all()
+    assert (first[0][0] != first[0][1]).all()            # each environment draws its own
+    assert np.abs(first[0]).max() <= 1 and first[0].dtype == np.float32
+
+
+def test_open_loop():
+    """Shapes; predictions see the context's frames and all actions, never the later frames."""
+    agent, replay = agent_and_replay()
+    image, action = replay.sample_demos(3)               # (8, 3, ...)
+
+    def run(image, action):
+        torch.manual_seed(0)
+        return agent.open_loop(image, action, 5)
+    frames, spread = run(image, action)
+    assert frames.shape == image.shape and frames.dtype == torch.uint8
+    assert spread.shape == (3, 3) and (spread > 0).all()
+    later = image.clone()
+    later[5:] = 0
+    assert same(run(later, action), (frames, spread))
+    assert not same(run(image.flip(0), action)[1], spread)
+    assert not same(run(image, action.flip(0))[1], spread)
+
+
+def test_agent_state_is_complete():
+    """An agent that loads another's state makes the same next updates, bit for bit."""
+    agent, replay = agent_and_replay(target_every=2)
+    agent.clone_update(replay), agent.update(replay)
+    state = agent.state_dict()
+    frozen = copy.deepcopy(state)
+    infos = [agent.update(replay) for _ in range(2)]
+    assert same(state, frozen)                           # a copy, not a view of what learns on
+    other, _ = agent_and_replay(target_every=2, seed=1)
+    torch.manual_seed(99)
+    other.load_state_dict(state)
+    assert same([other.update(replay) for _ in range(2)], infos)
+    assert same(other.state_dict(), agent.state_dict())
+
+
+def test_state_dict_is_tensors_and_plain_values(tmp_path):
+    """A checkpoint loads with weights_only=True: no pickled code can hide in it."""
+    agent, replay = agent_and_replay()
+    agent.update(replay)
+    torch.save(agent.state_dict(), tmp_path / "x.pt")
+    assert same(torch.load(tmp_path / "x.pt", weights_only=True), agent.state_dict())
+
+
+# ------------------------------------------------------------------------------------ replay
+
+
+def numbered_replay(lengths=(9, 6, 12), demos=2, window=4):
+    """Row k of the replay (k counted over all episodes) has pixels k and action k / 100."""
+    replay = cmil.Replay(sum(lengths), window, 1, torch.device("cpu"))
+    k, starts = 0, []
+    for i, rows in enumerate(lengths):
+        ids = np.arange(k, k + rows)
+        image = np.broadcast_to(ids[:, None, None, None], (rows, 64, 64, 3)).astype(np.uint8)
+        replay.add(image, (ids / 100).astype(np.float32)[:, None], demo=i < demos)
+        starts.append(set(range(k, k + rows - window + 1)))
+        k += rows
+    return replay, starts
+
+
+def test_replay_windows():
+    """Windows are rows of one episode with their own actions; all starts are drawn, evenly."""
+    replay, starts = numbered_replay()
+    valid, demos = set.union(*starts), starts[0] | starts[1]
+    image, action = replay.sample(1000)
+    assert image.shape == (4, 2000, 64, 64, 3) and image.dtype == torch.uint8
+    rows = image[:, :, 0, 0, 0].long()
+    assert (image == rows[:, :, None, None, None]).all()
+    torch.testing.assert_close(action[..., 0], rows / 100)
+    assert (rows == rows[0] + torch.arange(4)[:, None]).all()
+    for half, expected in ((rows[0, :1000], valid), (rows[0, 1000:], demos)):
+        count = torch.bincount(half)
+        assert set(half.tolist()) == expected
+        share = 1000 / len(expected)
+        assert (count[sorted(expected)] - share).abs().max() < 5 * math.sqrt(share)
+    rows = replay.sample_demos(500)[0][0, :, 0, 0, 0]
+    assert set(rows.tolist()) == demos
+
+
+def test_replay_grows():
+    """Windows of an episode are drawn as soon as it is added; the demos stay the demos."""
+    replay, starts = numbered_replay()
+    replay2 = cmil.Replay(30, 4, 1, torch.device("cpu"))
+    replay2.add(np.zeros((9, 64, 64, 3), np.uint8), np.zeros((9, 1), np.float32), demo=True)
+    assert replay2.starts == replay2.demo_starts == 6
+    replay2.add(np.ones((9, 64, 64, 3), np.uint8), np.zeros((9, 1), np.float32))
+    assert replay2.starts == 12 and replay2.demo_starts == 6
+    assert replay2.sample(200)[0][:, :200].any() and not replay2.sample(200)[0][:, 200:].any()
+
+
+@pytest.mark.parametrize("edge, expected", [(0., 0), (1., 23)])
+def test_replay_edges_of_the_random_number(edge, expected, monkeypatch):
+    """u = 0 gives the first window; even u = 1 (rounding) gives the last one and not one behind."""
+    replay, _ = numbered_replay()                        # the last window begins at 27 - 4 = 23
+    monkeypatch.setattr(torch, "rand", lambda n, device=None: torch.full((n,), edge))
+    rows = replay.draw(replay.starts, 5)
+    assert rows.shape == (4, 5) and (rows[0] == expected).all() and rows.max() < 27
+
+
+def test_replay_holds_an_episode_of_exactly_one_window():
+    """T + 1 = L: one start; its window is the episode."""
+    replay, _ = numbered_replay(lengths=(4,), demos=1)
+    assert (replay.sample_demos(5)[0][:, :, 0, 0, 0].T == torch.arange(4)).all()
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+
+def test_seeds_of_streams_never_meet():
+    """Training, evaluation and --eval use different environment seeds in every round."""
+    drawn = [seed for run in range(3) for stream in (cmil.TRAIN, cmil.EVALUATE, cmil.FINAL)
+             for number in range(50) for seed in cmil.env_seeds(run, stream, number, 5)]
+    assert len(set(drawn)) == len(drawn) and all(0 <= seed < 2 ** 31 for seed in drawn)
+    assert cmil.env_seeds(1, 2, 3, 5) == cmil.env_seeds(1, 2, 3, 5)
+
+
+class Steps:
+    """A vector environment of two: success at step 3 if the reset seed is even."""
+
+    num_envs = 2
+
+    def reset(self, seed):
+        self.seed, self.t = np.array(seed), 0
+        return np.zeros((2, 64, 64, 3), np.uint8), {}
+
+    def step(self, action):
+        self.t += 1
+        even = self.seed % 2 == 0
+        info = {"success": even & (self.t >= 3), "n_tasks": even * (self.t >= 3)}
+        return np.full((2, 64, 64, 3), self.t, np.uint8), np.ones(2) * self.t, None, None, info
+
+
+def test_rollouts():
+    """success, tasks, return of exactly `episodes` episodes; torch's random state is untouched."""
+    agent, _ = agent_and_replay()
+    before = torch.get_rng_state()
+    results, video = cmil.rollouts(agent, Steps(), 4, 5, 0, cmil.EVALUATE, True)
+    seeds = sum((cmil.env_seeds(0, cmil.EVALUATE, batch, 2) for batch in range(3)), [])[:5]
+    assert results["success"].tolist() == [float(seed % 2 == 0) for seed in seeds]
+    assert results["tasks"].tolist() == results["success"].tolist()
+    assert results["return"].tolist() == [10.] * 5       # 1 + 2 + 3 + 4
+    assert video[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_gif(tmp_path):
+    """save_gif writes all frames, enlarged, readable by imageio."""
+    import imageio.v3 as iio
+    frames = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
+    cmil.save_gif(tmp_path / "x.gif", frames)
+    assert iio.imread(tmp_path / "x.gif").shape[:3] == (6, 256, 256)
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def run_config(logdir, **changes):
+    """A run of seconds: 5 rounds of 50 steps; two are seed rounds, the others earn 8 updates."""
+    return config(**{**dict(logdir=str(logdir), steps=250, seed_steps=100, train_ratio=.16,
+                            pretrain=12, log_every=5, eval_every=100, target_every=7), **changes})
+
+
+def train(logdir, stop_at=None, **changes):
+    """Train, or stop (as SIGTERM would) when `stop_at` updates are made; -> state, metrics."""
+    trainer = cmil.Trainer(run_config(logdir, **changes))
+    learn = trainer.learn
+
+    def learn_and_stop(update):
+        learn(update)
+        if trainer.agent.updates == stop_at:
+            trainer.stop = "test"
+    trainer.learn = learn_and_stop
+    complete = trainer.run()
+    assert complete == (stop_at is None)
+    return trainer.agent.state_dict(), metrics(logdir)
+
+
+def metrics(logdir, clock=("time", "fps", "ups")):
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (Path(logdir) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """One run from start to end: folder, final state, metrics."""
+    torch.manual_seed(123)  # must not matter
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return folder, *train(folder)
+
+
+def test_a_run_does_what_its_schedule_says(uninterrupted):
+    """Updates, steps, evaluations, episodes and files of the run (worked out by hand)."""
+    folder, state, lines = uninterrupted
+    # 12 updates of pretraining; 250 steps in 5 rounds of 50; the last three earn 150 * .16 = 24.
+    assert state["updates"] == 36
+    assert lines[-1]["step"] == 250
+    assert [line["update"] for line in lines if "recon" in line] == [5, 10, 15, 20, 25, 30, 35]
+    assert [line["step"] for line in lines if "eval/success" in line] == [0, 100, 200, 250]
+    assert [line["step"] for line in lines if line["update"] == 12] == [0, 100]      # seed rounds
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(steps)
+    episodes = sorted(path.name for path in (folder / "episodes").iterdir())
+    assert episodes == [f"r{i:06d}-w0.npz" for i in range(5)]
+    with np.load(folder / "episodes" / episodes[0]) as episode:
+        assert episode["image"].shape == (51, 64, 64, 3) and episode["image"].dtype == np.uint8
+        assert episode["action"].shape == (51, 2) and not episode["action"][0].any()
+        assert (episode["action"][1:] != 0).any(1).all()
+    stored = json.loads((folder / "config.json").read_text())
+    expected = dataclasses.asdict(run_config(folder))
+    assert stored["config"] == {**expected, "precision": stored["config"]["precision"]}
+    assert {"torch", "numpy", "gymnasium"} <= set(stored["versions"])
+    assert (folder / "checkpoint.pt").exists() and list((folder / "videos").glob("*.gif"))
+
+
+def test_metrics_have_the_promised_names(uninterrupted):
+    """Every name that the contract promises is logged, finite, and nothing was skipped."""
+    lines = uninterrupted[2]
+    promised = {"step", "update", "recon", "kl", "bc", "disc/expert", "disc/policy", "disc/gap",
+                "uncertainty", "uncertainty_expert", "skipped", "reward", "lambda_return",
+                "critic/model", "critic/data", "grad/world", "grad/actor", "grad/disc",
+                "grad/critic"}
+    assert promised <= set(lines[-2])
+    assert {"eval/success", "eval/tasks", "eval/return"} <= set(lines[-1])
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert all(line.get("skipped", 0) == 0 for line in lines)
+    raw = metrics(uninterrupted[0], clock=())
+    assert {"time", "fps", "ups"} <= set(raw[-2])
+
+
+def test_same_seed_same_run(uninterrupted, tmp_path):
+    """Two runs of one seed agree bit for bit; another seed differs."""
+    state, lines = train(tmp_path / "again")
+    assert lines == uninterrupted[2] and same(state, uninterrupted[1])
+    _, other = train(tmp_path / "other", seed=1, steps=100)
+    assert other[0] != lines[0]
+
+
+@pytest.mark.parametrize("stop_at", [7, 26], ids=["in pretraining", "in mid-round"])
+def test_resumed_equals_uninterrupted(stop_at, uninterrupted, tmp_path):
+    """A stop, and the same command again: weights, optimizers, rng and metrics, bit for bit."""
+    _, lines = train(tmp_path, stop_at)
+    assert lines == uninterrupted[2][:len(lines)]
+    # Pretraining keeps every update; a stop in the round of updates 21 to 28 drops that round,
+    # with what it has logged at update 25.
+    assert lines[-1]["update"] == (5 if stop_at == 7 else 20)
+    torch.manual_seed(99)  # a new process would have other random numbers, too
+    np.random.seed(99)
+    state, lines = train(tmp_path)
+    assert lines == uninterrupted[2] and same(state, uninterrupted[1])
+
+
+def test_resumed_twice_equals_uninterrupted(uninterrupted, tmp_path):
+    """Stops may come again and again, in one round, too."""
+    for stop_at in (3, 12, 15, 17, 36):
+        train(tmp_path, stop_at)
+    state, lines = train(tmp_path)
+    assert lines == uninterrupted[2] and same(state, uninterrupted[1])
+
+
+def test_killed_without_warning(uninterrupted, tmp_path):
+    """SIGKILL long after a checkpoint: what episodes and metrics hold behind it is made again."""
+    train(tmp_path, 26)
+    old = (tmp_path / "checkpoint.pt").read_bytes()
+    train(tmp_path)
+    (tmp_path / "checkpoint.pt").write_bytes(old)        # all else is as the longer run left it
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 250, "half a li')
+    state, lines = train(tmp_path)
+    assert lines == uninterrupted[2] and same(state, uninterrupted[1])
+
+
+def test_killed_between_two_renames(uninterrupted, tmp_path):
+    """With only the previous checkpoint left, the run resumes from that."""
+    train(tmp_path, 7)
+    (tmp_path / "checkpoint.pt").rename(tmp_path / "checkpoint.prev.pt")
+    state, lines = train(tmp_path)
+    assert lines == uninterrupted[2] and same(state, uninterrupted[1])
+
+
+def test_resume_from_a_damaged_checkpoint(tmp_path, capsys):
+    """A checkpoint that cannot be read: one line that names it; the metrics are left alone."""
+    train(tmp_path, 7)
+    before = metrics(tmp_path)
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path)
+    assert stop.value.code == 2 and "checkpoint.pt" in one_error_line(capsys)
+    assert metrics(tmp_path) == before
+
+
+def test_logging_does_not_change_learning(uninterrupted, tmp_path):
+    """log_every and eval_every may differ: the same weights, and the same evaluations."""
+    state, lines = train(tmp_path, log_every=1, eval_every=50)
+    assert same(state, uninterrupted[1])
+    evaluations = [line for line in uninterrupted[2] if "eval/success" in line]
+    assert all(line in lines for line in evaluations)
+
+
+def test_a_finished_run_can_go_on_and_may_be_shortened(tmp_path):
+    """--steps may change: more steps continue the run; fewer than it has made do no harm."""
+    train(tmp_path, steps=150)
+    state, lines = train(tmp_path, steps=200)
+    assert lines[-1]["step"] == 200
+    assert train(tmp_path, steps=200)[1] == lines        # nothing left to do
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with contextlib.suppress(SystemExit):                # one line saying so would be fine, too
+        cmil.Trainer(run_config(tmp_path, steps=100)).run()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before and metrics(tmp_path) == lines
+
+
+def test_workers_in_processes_of_their_own(tmp_path):
+    """Two spawned workers: runs repeat bit for bit, and resume after a stop in mid-round."""
+    first, lines = train(tmp_path / "a", num_envs=2, steps=300, seed_steps=100)
+    train(tmp_path / "b", 20, num_envs=2, steps=300, seed_steps=100)
+    second, again = train(tmp_path / "b", num_envs=2, steps=300, seed_steps=100)
+    assert lines == again and same(first, second)
+    with np.load(tmp_path / "a" / "episodes" / "r000000-w0.npz") as one, \
+            np.load(tmp_path / "a" / "episodes" / "r000000-w1.npz") as two:
+        assert (one["image"][0] != two["image"][0]).any()
+
+
+def test_offline_method_takes_no_environment_steps(tmp_path):
+    """dbc: the demos alone, cloning updates only, as many as the online run's; no episodes."""
+    state, lines = train(tmp_path, algo="dbc", **cmil.ALGOS["dbc"])
+    assert state["updates"] == 36 and lines[-1]["step"] == 250
+    assert not list((tmp_path / "episodes").iterdir())
+    assert not any("disc/loss" in line for line in lines)
+    fresh = cmil.Agent(run_config(tmp_path), 2, torch.device("cpu"))
+    assert state["opts"]["disc"]["adam"]["state"] == {}  # D and critics have never stepped
+    assert fresh.opts["disc"].adam.state_dict()["state"] == {}
+
+
+def test_stops_after_non_finite_gradients(tmp_path, capsys, monkeypatch):
+    """Ten bad updates in a row end the run with one line and the last good state."""
+    monkeypatch.setattr(cmil, "clone_loss", lambda actor, feat, action: (
+        actor(feat).loc.sum() * float("nan")))
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, log_every=10, pretrain=30)
+    assert stop.value.code == 2
+    assert re.search("actor loss.*non-finite.*10 updates", one_error_line(capsys))
+
+
+@pytest.mark.parametrize("where", ["pretraining", "seed rounds"])
+def test_minutes(where, tmp_path, capsys):
+    """--minutes ends a run in whatever phase it is, cleanly, and it can be resumed."""
+    changes = dict(pretrain=10 ** 6) if where == "pretraining" else dict(
+        pretrain=0, steps=10 ** 6, seed_steps=10 ** 6)
+    c = run_config(tmp_path, minutes=.02, **changes)
+    began = time.time()
+    trainer = cmil.Trainer(c)
+    give_up_after(trainer, 6)
+    assert not trainer.run() and time.time() - began < 5
+    assert "--minutes 0.02" in capsys.readouterr().out
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["agent"]["updates"] \
+        == trainer.agent.updates
+
+
+def give_up_after(trainer, seconds):
+    """Stop a trainer that does not end by itself, so that its test fails and does not hang."""
+    progress, end = trainer.progress, time.time() + seconds
+
+    def watched():
+        progress()
+        if time.time() > end:
+            trainer.stop = "the test gave up"
+    trainer.progress = watched
+
+
+def command(*words, **options):
+    """python cmil.py WORDS in a process of its own."""
+    return subprocess.run([sys.executable, HERE / "cmil.py", *map(str, words)], text=True,
+                          capture_output=True, timeout=120, cwd=HERE, **options)
+
+
+def test_sigterm(tmp_path):
+    """SIGTERM: exit code 0, one line that says how to resume, and resuming goes on from there."""
+    words = ["--env", "point", "--preset", "debug", "--num-envs", "1", "--pretrain", "100000",
+             "--log-every", "5", "--device", "cpu", "--threads", "1", "--logdir", tmp_path]
+    with subprocess.Popen([sys.executable, HERE / "cmil.py", *map(str, words)], text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        end = time.time() + 60
+        while time.time() < end and process.poll() is None:
+            with contextlib.suppress(FileNotFoundError):
+                if (tmp_path / "metrics.jsonl").stat().st_size:
+                    break
+            time.sleep(.2)
+        process.terminate()
+        out, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert "SIGTERM" in out and "same command resumes" in out and "Traceback" not in error
+    made = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["agent"]["updates"]
+    assert made >= 5
+    answer = command(*words, "--minutes", ".001")
+    assert answer.returncode == 0 and f"update {made}" in answer.stdout, answer.stderr
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["agent"]["updates"] > made
+
+
+def test_padded_steps_have_no_action(tmp_path):
+    """After an early end of a generic environment, stored actions are zero (they did nothing)."""
+    demos = tmp_path / "demos"
+    demos.mkdir()
+    action = np.zeros((13, 1), np.float32)
+    np.savez(demos / "a.npz", image=np.zeros((13, 64, 64, 3), np.uint8), action=action)
+    train(tmp_path / "run", env="TestCountdown-v0", demos=str(demos), num_demos=1, steps=24,
+          seed_steps=12, eval_every=12)
+    with np.load(tmp_path / "run" / "episodes" / "r000000-w0.npz") as episode:
+        assert (episode["action"][:, 0] != 0).tolist() == [False] + [True] * 7 + [False] * 5
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def one_error_line(capsys):
+    """The only line of stderr that is not the choice of a preset."""
+    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in lines if not line.startswith("preset ")]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("cmil: error: ")
+    return lines[0]
+
+
+BAD_COMMANDS = [
+    ("--alhpa 3", "--alhpa"), ("--alph 3", "--alph"), ("--alpha", "--alpha"), ("10", "10"),
+    ("--alpha much", "--alpha"), ("--steps 1e5", "--steps"), ("--batch 2.5", "--batch"),
+    ("--env nowhere", "nowhere"), ("--env no.such.module:Thing-v0", "no.such.module"),
+    ("--algo gail", "gail"), ("--preset tiny", "tiny"), ("--device cuda0x", "cuda0x"),
+    ("--reward log", "log"), ("--target max", "max"), ("--precision half", "half"),
+    ("--gamma 1.5", "gamma"), ("--lam -0.1", "lam"), ("--kl-balance 2", "kl-balance"),
+    ("--batch 0", "batch"), ("--members 0", "members"), ("--lr 0", "lr"), ("--lr nan", "lr"),
+    ("--alpha inf", "alpha"), ("--horizon 0", "horizon"), ("--length 1", "length"),
+    ("--num-envs -1", "num-envs"), ("--eval-every 0", "eval-every"),
+    ("--num-demos -1", "num-demos"),
+    ("--env point --length 60", "length"), ("--env point --tasks microwave", "microwave"),
+    ("--env point --robot-noise-ratio 0.5", "robot_noise_ratio"),
+    ("--env point --demos /no/such/place", "/no/such/place"),
+    ("--env point --episode-steps 3", "steps"), ("--eval /no/such/run", "/no/such/run"),
+    ("--eval", "--eval"), ("--plot /no/such/run", "/no/such/run"),
+]
+
+
+@pytest.mark.parametrize("words, named", BAD_COMMANDS, ids=[words for words, _ in BAD_COMMANDS])
+def test_mistakes_get_one_line(words, named, tmp_path, capsys):
+    """Exit code 2 and one line that names what was wrong; no run folder is left behind."""
+    defaults = {"--preset": "debug", "--env": "point", "--logdir": str(tmp_path / "run"),
+                "--num-envs": "1", "--device": "cpu"}
+    given = words.split()
+    if given[0] not in ("--eval", "--plot"):
+        given += [w for flag, v in defaults.items() if flag not in given for w in (flag, v)]
+    with pytest.raises(SystemExit) as stop:
+        cmil.main(given)
+    assert stop.value.code == 2
+    assert named in one_error_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_logdir_that_cannot_be_a_folder(tmp_path, capsys):
+    """--logdir naming a file: exit code 2 and one line."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        cmil.main(["--env", "point", "--preset", "debug", "--num-envs", "1", "--device", "cpu",
+                   "--logdir", str(tmp_path / "file")])
+    assert stop.value.code == 2 and str(tmp_path / "file") in one_error_line(capsys)
+
+
+def test_mistake_in_a_process_of_its_own():
+    """What the shell sees: exit code 2, one line on stderr, nothing on stdout, no traceback."""
+    answer = command("--env", "nowhere", "--preset", "debug")
+    assert answer.returncode == 2 and answer.stdout == ""
+    assert answer.stderr.count("\n") == 1 and "nowhere" in answer.stderr
+
+
+def finished(uninterrupted, *words):
+    """The command line that resumes the run of the fixture, with more words."""
+    flags = []
+    for key, value in dataclasses.asdict(run_config(uninterrupted[0])).items():
+        flag = key.replace("_", "-")
+        flags += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [
+            f"--{flag}", str(value)]
+    return [*flags, *words]
+
+
+@pytest.mark.parametrize("words, name", [("--alpha 3", "alpha"), ("--seed 5", "seed"),
+                                         ("--no-data-critic", "data_critic"),
+                                         ("--algo dbc --offline", "algo")])
+def test_resume_with_a_changed_field_names_it(words, name, uninterrupted, capsys):
+    """One line with the field's name and its stored value; the run is left as it was."""
+    before = (uninterrupted[0] / "config.json").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        cmil.main(finished(uninterrupted, *words.split()))
+    assert stop.value.code == 2
+    line = one_error_line(capsys)
+    assert f"{name} (now" in line and "beta (now" not in line
+    assert (uninterrupted[0] / "config.json").read_bytes() == before
+
+
+def test_what_may_change_on_resume(uninterrupted, tmp_path):
+    """Every field of RESUME_MAY_CHANGE is accepted by make_config on an existing run."""
+    changes = dict(steps=300, minutes=1., log_every=3, eval_every=70, eval_episodes=3,
+                   checkpoint_minutes=2., threads=2)
+    assert set(changes) | {"logdir"} == set(cmil.RESUME_MAY_CHANGE)
+    explicit, _ = cmil.parse(finished(uninterrupted, *sum(
+        ([f"--{k.replace('_', '-')}", str(v)] for k, v in changes.items()), [])))
+    assert cmil.make_config(explicit).steps == 300
+
+
+def test_the_same_command_resumes_with_the_defaults(tmp_path):
+    """`auto` fields (precision, preset) of the first command do not count as changed later."""
+    words = ["--env", "point", "--preset", "debug", "--num-envs", "1", "--minutes", ".0001",
+             "--device", "cpu", "--logdir", str(tmp_path)]
+    cmil.main(words)
+    cmil.main(words)                                     # SystemExit if it were refused
+    stored = json.loads((tmp_path / "config.json").read_text())["config"]
+    words[2:4] = []                                      # an existing run keeps its preset
+    cmil.main(words)
+    assert stored["preset"] == "debug"
+
+
+def test_eval_prints_one_json_line(uninterrupted, tmp_path, capsys):
+    """--eval: a line with the promised keys; --video: a GIF of an episode; the run is untouched."""
+    import imageio.v3 as iio
+    folder = uninterrupted[0]
+    before = {path: path.read_bytes() for path in folder.glob("*.*")}
+    answers = []
+    for _ in range(2):
+        cmil.main(["--eval", str(folder), "--episodes", "3", "--video", str(tmp_path / "x.gif")])
+        out = capsys.readouterr().out
+        assert out.count("\n") == 1
+        answers.append(json.loads(out))
+    assert {"episodes", "success", "success_ci95", "tasks", "return"} <= set(answers[0])
+    assert answers[0]["episodes"] == 3 and answers[0] == answers[1]
+    low, high = answers[0]["success_ci95"]
+    assert 0 <= low <= answers[0]["success"] <= high <= 1
+    assert iio.imread(tmp_path / "x.gif").shape[:3] == (51, 256, 256)
+    assert {path: path.read_bytes() for path in folder.glob("*.*")} == before
+
+
+@pytest.mark.parametrize("words", [["--video", "/no/such/folder/x.gif"], ["--episodes", "0"]])
+def test_eval_mistakes_get_one_line(words, uninterrupted, capsys):
+    """A picture that cannot be written, or no episodes at all: exit code 2 and one line."""
+    with pytest.raises(SystemExit) as stop:
+        cmil.main(["--eval", str(uninterrupted[0]), "--episodes", "1", *words])
+    assert stop.value.code == 2 and words[0] in one_error_line(capsys)
+
+
+def test_eval_uses_the_checkpoint(uninterrupted):
+    """The evaluated agent has the run's weights, not fresh ones."""
+    _, agent, vec, steps = cmil.load_agent(uninterrupted[0])
+    vec.close()
+    assert steps == 50 and same(agent.state_dict()["modules"], uninterrupted[1]["modules"])
+
+
+@pytest.mark.parametrize("damage", ["no checkpoint", "cut checkpoint", "bad config"])
+def test_eval_of_a_damaged_run(damage, uninterrupted, tmp_path, capsys):
+    """A run without a readable checkpoint or config.json gives one line that names the file."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], run)
+    checkpoint = run / "checkpoint.pt"
+    if damage == "no checkpoint":
+        checkpoint.unlink()
+    elif damage == "cut checkpoint":
+        checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    else:
+        (run / "config.json").write_text("{")
+    with pytest.raises(SystemExit) as stop:
+        cmil.main(["--eval", str(run), "--episodes", "1"])
+    assert stop.value.code == 2
+    assert ("config.json" if damage == "bad config" else "checkpoint.pt") in one_error_line(capsys)
+
+
+def bench(tmp_path, capsys, monkeypatch, looks, *words):
+    """--bench with a clock on which 20 s pass in so many looks, and updates that take no time."""
+    clock = itertools.count()
+    monkeypatch.setattr(cmil.time, "perf_counter", lambda: next(clock) * 20 / looks)
+    monkeypatch.setattr(cmil.Agent, "update", lambda self, replay: None)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    cmil.main(["--bench", "--env", "point", "--preset", "debug", "--num-envs", "1",
+               "--device", "cpu", *words])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_bench(tmp_path, capsys, monkeypatch):
+    """--bench: one JSON line with the promised keys, positive rates; no folder is left behind."""
+    line = bench(tmp_path, capsys, monkeypatch, 60)
+    assert {"updates_per_s", "env_steps_per_s", "both", "peak_mem_gb"} <= set(line)
+    for values in (line, line["both"]):
+        assert values["updates_per_s"] > 0 and values["env_steps_per_s"] > 0
+    assert line["peak_mem_gb"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_bench_outlasts_an_episode(tmp_path, capsys, monkeypatch):
+    """--bench goes on for its 20 s even if that is more steps than an episode has (a fast GPU)."""
+    monkeypatch.setattr(envs.Point, "_step", lambda self, action: 0.)
+    monkeypatch.setattr(envs.Point, "_frame", black)
+    monkeypatch.setattr(envs, "point_demos", lambda n, **options: [
+        {"image": np.zeros((202, 64, 64, 3), np.uint8), "action": np.zeros((202, 2), np.float32)}])
+    line = bench(tmp_path, capsys, monkeypatch, 300, "--episode-steps", "201")
+    assert line["both"]["updates_per_s"] > 0
+
+
+BLOCKER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names}:
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def test_import_needs_neither_mujoco_nor_gymnasium_nor_gl():
+    """`import cmil`, and using its parts, works where only torch and numpy are installed."""
+    blocked = {"mujoco", "gymnasium", "gymnasium_robotics", "OpenGL", "imageio", "matplotlib",
+               "envs"}
+    code = BLOCKER.format(names=blocked) + (
+        "import cmil, torch\n"
+        "print(cmil.lambda_return(torch.ones(2, 1), torch.zeros(3, 1), .5, 1.).tolist())\n"
+        "assert not {'mujoco', 'gymnasium', 'OpenGL'} & set(sys.modules)\n")
+    answer = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert answer.stdout.strip() == "[[1.5], [1.0]]", answer.stderr
+
+
+def test_envs_needs_neither_torch_nor_mujoco():
+    """envs.py makes and steps point without importing torch, cmil or mujoco."""
+    code = BLOCKER.format(names={"torch", "cmil", "mujoco", "OpenGL", "gymnasium_robotics"}) + (
+        "import envs\n"
+        "env = envs.make_env('point')\n"
+        "env.reset(seed=0)\n"
+        "print(env.step(env.action_space.sample())[0].shape)\n")
+    answer = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert answer.stdout.strip() == "(64, 64, 3)", answer.stderr
+
+
+# ------------------------------------------------------------------------------------ figures
+
+
+def fake_run(folder, seed, algo="cmil", points=4, **extra):
+    """A run folder whose success grows by (seed + 1) / 10 an evaluation."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"config": {"env": "kitchen", "algo": algo}}))
+    lines = [{"step": 10 * i, "update": i, "time": 60. * i, "eval/success": i * (seed + 1) / 10,
+              "eval/tasks": i / 2, **extra} for i in range(points)]
+    lines.insert(1, {"step": 5, "recon": 3.})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text + '{"step": 99, "eval/succ')    # being written
+    return str(folder)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "results"))
+    return importlib.import_module("figures")
+
+
+def test_curves_are_means_over_seeds(figures, tmp_path):
+    """Three seeds: mean and bounds at each evaluation; the curve ends with the shortest seed."""
+    runs = [figures.read_run(fake_run(tmp_path / str(i), i, points=4 + i))[1] for i in range(3)]
+    x, mean, low, high = figures.curve(runs, "eval/success", "step")
+    assert x.tolist() == [0, 10, 20, 30]
+    np.testing.assert_allclose(mean, [0, .2, .4, .6])
+    np.testing.assert_allclose(low, [0, .1, .2, .3])     # three values: the interval is their range
+    np.testing.assert_allclose(high, [0, .3, .6, .9])
+    x, mean, low, high = figures.curve(runs[:1], "eval/success", "time")
+    assert x.tolist() == [0, 60, 120, 180] and low is None and high is None
+    assert figures.curve(runs, "eval/rotation", "step") is None
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no matplotlib")
+@pytest.mark.parametrize("x", ["step", "update", "time"])
+def test_plot_draws_a_picture(x, tmp_path, capsys):
+    """--plot's function on two methods and several seeds: a picture that can be read."""
+    import imageio.v3 as iio
+    runs = [fake_run(tmp_path / f"{algo}{i}", i, algo)
+            for algo in ("cmil", "dbc") for i in range(2)]
+    answer = subprocess.run([sys.executable, HERE / "results" / "figures.py", *runs, "--x", x,
+                             "--out", tmp_path / "x.png"], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    picture = iio.imread(tmp_path / "x.png")
+    assert picture.shape[0] > 500 and len(np.unique(picture)) > 20
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no matplotlib")
+def test_plot_from_the_command_line(uninterrupted, tmp_path):
+    """python cmil.py --plot RUN --out FILE works on a real run."""
+    answer = command("--plot", uninterrupted[0], "--out", tmp_path / "x.png")
+    assert answer.returncode == 0 and (tmp_path / "x.png").stat().st_size > 5000, answer.stderr
+
+
+@pytest.mark.parametrize("problem", ["empty", "missing", "damaged", "no evaluation", "folder"])
+def test_plot_of_a_bad_run(problem, figures, tmp_path, capsys):
+    """One line that names the run, exit code 2."""
+    run = Path(fake_run(tmp_path / "run", 0))
+    if problem == "folder":
+        shutil.rmtree(run)
+    elif problem == "missing":
+        (run / "metrics.jsonl").unlink()
+    else:
+        (run / "metrics.jsonl").write_text({"empty": "", "damaged": "{\n",
+                                            "no evaluation": '{"step": 5}\n'}[problem])
+    with pytest.raises(SystemExit) as stop:
+        figures.plot([str(run)], str(tmp_path / "x.png"))
+    assert stop.value.code == 2 and str(run) in one_error_line(capsys)
+
+
+def test_plot_without_matplotlib(tmp_path):
+    """One line that says what to install, exit code 2."""
+    run = fake_run(tmp_path / "run", 0)
+    code = BLOCKER.format(names={"matplotlib"}) + f"import cmil\ncmil.main(['--plot', {run!r}])\n"
+    answer = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1
+    assert "pip install matplotlib" in answer.stderr
+
+
+# ------------------------------------------------------------------------------------ point
+
+
+def episode(env, seed, policy):
+    """One episode -> images (T+1, ...), infos (T+1), how it ended at each step (T, 2)."""
+    image, info = env.reset(seed=seed)
+    images, infos, ends = [image], [info], []
+    for t in range(env.get_wrapper_attr("episode_steps")):
+        image, _, terminated, truncated, info = env.step(policy(t))
+        images.append(image), infos.append(info), ends.append((terminated, truncated))
+    return np.stack(images), infos, np.array(ends)
+
+
+def random_policy(size, seed=0):
+    rng = np.random.default_rng(seed)
+    return lambda t: rng.uniform(-1, 1, size).astype(np.float32)
+
+
+def test_point_expert_nearly_always_arrives():
+    """At least 297 of 300 seeds, at random speeds of its range."""
+    env, rng = envs.make_env("point"), np.random.default_rng(5)
+    arrived = 0
+    for seed in range(300):
+        speed = rng.uniform(*envs.EXPERT_SPEED) * envs.GAIN / (1 - envs.INERTIA)
+        _, infos, _ = episode(env, seed, lambda t: envs.point_expert(env, speed))
+        arrived += infos[-1]["success"]
+    assert arrived >= 297
+
+
+def test_point_is_not_solved_by_chance():
+    """Random actions and standing still never arrive in 50 episodes each."""
+    env = envs.make_env("point")
+    for policy in (random_policy(2), lambda t: np.zeros(2, np.float32)):
+        assert not any(episode(env, seed, policy)[1][-1]["success"] for seed in range(50))
+
+
+def test_point_has_fixed_length():
+    """Success or failure never ends an episode: truncated exactly at step 50, terminated never."""
+    env = envs.make_env("point")
+    speed = .8 * envs.GAIN / (1 - envs.INERTIA)
+    images, infos, ends = episode(env, 0, lambda t: envs.point_expert(env, speed))
+    assert not ends[:, 0].any() and ends[:, 1].tolist() == [False] * 49 + [True]
+    assert images.shape == (51, 64, 64, 3) and images.dtype == np.uint8
+    success = [info["success"] for info in infos]
+    assert success[-1] and success == sorted(success)    # once true, it stays
+    for info in infos:
+        assert info["n_tasks"] == len(info["tasks"]) == info["success"] and not info["padded"]
+        assert info["tasks"] in ((), ("goal",))
+    with pytest.raises(ValueError, match="reset"):
+        env.step(np.zeros(2, np.float32))
+
+
+def test_point_reset_is_a_fresh_start():
+    """reset(seed) after an episode equals reset(seed) of a fresh environment, and what follows."""
+    used, fresh = envs.make_env("point"), envs.make_env("point")
+    _, infos, _ = episode(used, 3, lambda t: np.ones(2, np.float32))
+    assert infos[-1]["touched"]
+    first, second = (episode(env, 7, random_policy(2, 2)) for env in (used, fresh))
+    assert np.array_equal(first[0], second[0]) and first[1] == second[1]
+    assert not np.array_equal(first[0][0], episode(fresh, 8, random_policy(2))[0][0])
+
+
+BAD_ACTIONS = [[np.nan, 0], [0, np.inf], [1.5, 0], [0, -2], [0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("action", BAD_ACTIONS, ids=str)
+def test_point_refuses_bad_actions(action):
+    """NaN, infinite, out of range or of the wrong size: ValueError before anything moves."""
+    env = envs.make_env("point")
+    before, _ = env.reset(seed=0)
+    position = env.unwrapped.position.copy()
+    with pytest.raises(ValueError, match="action"):
+        env.step(np.array(action, np.float32))
+    assert np.array_equal(env.unwrapped.position, position)
+
+
+def test_point_demos_pair_actions_and_images():
+    """action[t] led to image[t]: replaying the actions from the demo's seed gives its images."""
+    demos = envs.load_demos("", "point")
+    assert len(demos) == 10 and all(demo["success"] for demo in demos)
+    rng, env = np.random.default_rng(0), envs.make_env("point")
+    rng.uniform()                                        # the expert's speed
+    images, _, _ = episode(env, int(rng.integers(2 ** 31)), lambda t: demos[0]["action"][t + 1])
+    assert np.array_equal(images, demos[0]["image"])
+    for demo in demos:
+        assert demo["image"].shape == (51, 64, 64, 3) and demo["image"].dtype == np.uint8
+        assert demo["action"].shape == (51, 2) and demo["action"].dtype == np.float32
+        assert not demo["action"][0].any() and np.abs(demo["action"]).max() <= 1
+    again = envs.load_demos("", "point", 3)
+    assert len(again) == 3 and np.array_equal(again[2]["image"], demos[2]["image"])
+
+
+@pytest.mark.parametrize("env_id", ["cmil/Point-v0", "cmil/Kitchen-v0"])
+def test_environments_are_registered(env_id):
+    """`import envs` is enough for gym.make."""
+    assert env_id in gym.registry
+
+
+def test_point_passes_gymnasiums_checks():
+    """gymnasium's own check_env."""
+    from gymnasium.utils.env_checker import check_env
+    check_env(gym.make("cmil/Point-v0").unwrapped, skip_render_check=True)
+
+
+@pytest.mark.parametrize("name, options, named", [
+    ("nowhere", {}, "nowhere"), ("CartPole-v1", {}, "Discrete"), ("point", {"tasks": "tea"}, "tea"),
+    ("point", {"robot_noise_ratio": .1}, "robot_noise_ratio"),
+    ("point", {"episode_steps": -5}, "episode_steps")])
+def test_bad_environments_get_one_line(name, options, named):
+    """An unknown environment, or an option that does not apply, is a UserError of one line."""
+    with pytest.raises(envs.UserError, match=named) as error:
+        envs.make_env(name, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_vector_environments(n):
+    """make_vec: the facts, T steps in lockstep, info as arrays, each worker its own seed."""
+    vec = envs.make_vec("point", n)
+    try:
+        assert envs.env_facts(vec) == {"episode_steps": 50, "action_dim": 2, "gl_renderer": ""}
+        image, _ = vec.reset(seed=list(range(n)))
+        single = envs.make_env("point")
+        for i in range(n):
+            assert np.array_equal(image[i], single.reset(seed=i)[0])
+        for _ in range(50):
+            image, _, terminated, truncated, info = vec.step(np.zeros((n, 2), np.float32))
+        assert truncated.all() and not terminated.any() and image.shape == (n, 64, 64, 3)
+        assert info["success"].shape == info["n_tasks"].shape == info["padded"].shape == (n,)
+        with pytest.raises(ValueError, match="finite"):
+            vec.reset(seed=0)
+            vec.step(np.full((n, 2), np.nan, np.float32))
+    finally:
+        with contextlib.suppress(Exception):
+            vec.close()
+
+
+class Countdown(gym.Env):
+    """A generic environment: an action in [-2, 6], pictures 100 x 80, its end at step 7."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+    observation_space = gym.spaces.Box(-1, 1, (1,))
+    action_space = gym.spaces.Box(-2., 6., (1,))
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.actions = 0, []
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        self.actions.append(float(action[0]))
+        return np.zeros(1, np.float32), 1., self.t == 7, False, {"success": self.t == 7}
+
+    def render(self):
+        return np.full((100, 80, 3), 10 * self.t, np.uint8)
+
+
+gym.register("TestCountdown-v0", Countdown, max_episode_steps=12)
+
+
+def test_generic_environment_is_padded():
+    """Any Gymnasium id: actions rescaled, frames 64 x 64, an early end padded to T and marked."""
+    env = envs.make_env("TestCountdown-v0")
+    images, infos, ends = episode(env, 0, lambda t: np.array([t % 3 - 1], np.float32))
+    assert images.shape == (13, 64, 64, 3) and ends[:, 1].tolist() == [False] * 11 + [True]
+    assert images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 40, 50, 60, 70, 70, 70, 70, 70, 70]
+    assert [info["padded"] for info in infos] == [False] * 8 + [True] * 5
+    assert [info["success"] for info in infos] == [False] * 7 + [True] * 6
+    inner = env.unwrapped._inner.unwrapped
+    assert inner.actions == [-2, 2, 6, -2, 2, 6, -2]     # -1, 0, 1 on the scale of -2 .. 6
+
+
+# ------------------------------------------------------------------------------------ demo files
+
+
+def pixel_demo(**changes):
+    """The arrays of a Dreamer-style episode for point, with changes (None removes one)."""
+    rng = np.random.default_rng(0)
+    arrays = {"image": rng.integers(0, 256, (31, 64, 64, 3), np.uint8),
+              "action": rng.uniform(-1, 1, (31, 2)).astype(np.float32)}
+    return {key: value for key, value in {**arrays, **changes}.items() if value is not None}
+
+
+def test_pixel_demos_load(tmp_path, capsys):
+    """Files and folders, 64 and 128 pixels, float32 and float64; row 0's action is made zero."""
+    arrays = pixel_demo()
+    np.savez(tmp_path / "a.npz", **arrays)
+    large = arrays["image"].repeat(2, 1).repeat(2, 2)
+    double = arrays["action"].astype(np.float64)
+    np.savez_compressed(tmp_path / "b.npz", image=large, action=double)
+    first, second = envs.load_demos(tmp_path, "point")
+    for demo in (first, second):
+        assert np.array_equal(demo["image"], arrays["image"]) and demo["image"].dtype == np.uint8
+        assert np.array_equal(demo["action"][1:], arrays["action"][1:])
+        assert demo["action"].dtype == np.float32 and not demo["action"][0].any()
+        assert demo["success"] is None
+    assert len(envs.load_demos(tmp_path / "a.npz", "point")) == 1
+    assert len(envs.load_demos(tmp_path, "point", 1)) == 1
+    assert "renderer" in capsys.readouterr().err
+    shorter = envs.load_demos(tmp_path, "point", 0, episode_steps=20)
+    assert all(len(demo["image"]) == len(demo["action"]) == 21 for demo in shorter)
+
+
+def no_number(value):
+    action = pixel_demo()["action"]
+    action[4, 1] = value
+    return action
+
+
+BAD_PIXELS = {
+    "no image": dict(image=None), "no action": dict(action=None),
+    "float image": dict(image=np.zeros((31, 64, 64, 3), np.float32)),
+    "wrong image size": dict(image=np.zeros((31, 32, 32, 3), np.uint8)),
+    "rows do not match": dict(image=np.zeros((30, 64, 64, 3), np.uint8)),
+    "integer action": dict(action=np.zeros((31, 2), np.int64)),
+    "other action size": dict(action=np.zeros((31, 3), np.float32)),
+    "flat action": dict(action=np.zeros(31, np.float32)),
+    "NaN": dict(action=no_number(np.nan)), "infinite": dict(action=no_number(np.inf)),
+    "out of range": dict(action=no_number(1.5)),
+    "too short": dict(image=np.zeros((1, 64, 64, 3), np.uint8),
+                      action=np.zeros((1, 2), np.float32)),
+    "pickled": dict(action=np.array([None] * 31, object)),
+}
+
+
+@pytest.mark.parametrize("problem", [*BAD_PIXELS, "truncated", "flipped byte", "text", "empty file",
+                                     "empty folder", "missing"])
+def test_bad_pixel_demos_get_one_line(problem, tmp_path):
+    """Each kind of damage is one UserError line that names the file."""
+    file = tmp_path / "bad.npz"
+    np.savez(file, **pixel_demo(**BAD_PIXELS.get(problem, {})))
+    whole = bytearray(file.read_bytes())
+    if problem == "truncated":
+        file.write_bytes(whole[:len(whole) // 2])
+    elif problem == "flipped byte":
+        whole[len(whole) // 2] ^= 64
+        file.write_bytes(whole)
+    elif problem in ("text", "empty file"):
+        file.write_text("hello" if problem == "text" else "")
+    elif problem in ("missing", "empty folder"):
+        file.unlink()
+    with pytest.raises(envs.UserError) as error:
+        envs.load_demos(tmp_path if problem == "empty folder" else file, "point")
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert problem == "empty folder" or "bad.npz" in str(error.value)
+
+
+def test_too_few_demos_get_one_line(tmp_path):
+    """Asking for more demonstrations than a file holds says how many there are."""
+    np.savez(tmp_path / "a.npz", **pixel_demo())
+    with pytest.raises(envs.UserError, match="1 demonstrations.*3"):
+        envs.load_demos(tmp_path / "a.npz", "point", 3)
+
+
+@pytest.mark.parametrize("problem", ["too short", "NaN", "other action size"])
+def test_bad_demos_end_a_run_with_one_line(problem, tmp_path, capsys):
+    """The same from the command line: exit code 2 and one line that names the file."""
+    changes = BAD_PIXELS[problem] if problem != "too short" else dict(
+        image=np.zeros((5, 64, 64, 3), np.uint8), action=np.zeros((5, 2), np.float32))
+    np.savez(tmp_path / "bad.npz", **pixel_demo(**changes))
+    with pytest.raises(SystemExit) as stop:
+        cmil.main(["--env", "point", "--preset", "debug", "--num-envs", "1", "--device", "cpu",
+                   "--num-demos", "1", "--demos", str(tmp_path / "bad.npz"),
+                   "--logdir", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in lines if not line.startswith("envs: ")]    # a remark on renderers
+    assert len(lines) == 1 and lines[0].startswith("cmil: error: ") and "bad.npz" in lines[0]
+
+
+# ------------------------------------------------------------------------------------ kitchen
+
+
+needs_kitchen = pytest.mark.skipif(not importlib.util.find_spec("mujoco"), reason="no mujoco here")
+DEMOS = HERE / "demos" / "kitchen.npz"
+TASKS = ("microwave", "kettle", "light switch", "slide cabinet")
+
+
+@pytest.fixture(scope="module")
+def kitchen():
+    """One kitchen for all tests of it."""
+    env = envs.make_env("kitchen", episode_steps=280)
+    yield env
+    env.close()
+
+
+def black(env):
+    """A picture in place of env._frame()."""
+    return np.zeros((64, 64, 3), np.uint8)
+
+
+@pytest.fixture
+def dark(monkeypatch):
+    """Kitchens whose frames are not drawn: the physics alone, at a tenth of the time."""
+    monkeypatch.setattr(envs.Kitchen, "_frame", black)
+
+
+@needs_kitchen
+def test_kitchen_passes_gymnasiums_checks(kitchen):
+    """gymnasium's own check_env, and the spaces and facts of the contract."""
+    from gymnasium.utils.env_checker import check_env
+    check_env(kitchen.unwrapped, skip_render_check=True)
+    assert kitchen.action_space.shape == (9,) and kitchen.observation_space.shape == (64, 64, 3)
+    vec = envs.make_vec("kitchen", 1)
+    facts = envs.env_facts(vec)
+    vec.close()
+    assert facts["episode_steps"] == 280 and facts["action_dim"] == 9 and facts["gl_renderer"]
+
+
+@needs_kitchen
+def test_kitchen_reset_is_a_fresh_start(kitchen):
+    """reset(seed) after part of an episode equals a fresh kitchen: images and physics, each bit."""
+    fresh = envs.make_env("kitchen", episode_steps=280)
+    kitchen.reset(seed=3)
+    policy = random_policy(9, 1)
+    for t in range(15):
+        kitchen.step(policy(t))
+    results = []
+    for env in (kitchen, fresh):
+        policy, images = random_policy(9, 2), [env.reset(seed=7)[0]]
+        for t in range(5):
+            images.append(env.step(policy(t))[0])
+        results.append((np.stack(images), env.unwrapped.data.qpos.copy()))
+    fresh.close()
+    assert np.array_equal(results[0][0], results[1][0])
+    assert np.array_equal(results[0][1], results[1][1])
+    assert results[0][0].std() > 20 and not np.array_equal(results[0][0][0], results[0][0][-1])
+
+
+@needs_kitchen
+def test_kitchen_has_fixed_length(dark):
+    """A single task has 75 steps; truncated exactly there, terminated never; info as promised."""
+    env = envs.make_env("kitchen", tasks="microwave")
+    _, infos, ends = episode(env, 0, random_policy(9))
+    env.close()
+    assert len(ends) == 75 and not ends[:, 0].any() and ends[:, 1].tolist() == [False] * 74 + [True]
+    assert infos[0]["tasks"] == () and infos[0]["n_tasks"] == 0 and not infos[0]["success"]
+    assert isinstance(infos[0]["success"], bool) and isinstance(infos[0]["tasks"], tuple)
+
+
+@needs_kitchen
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1.5])
+def test_kitchen_refuses_bad_actions(bad, kitchen):
+    """MuJoCo would take them silently: ValueError, and the simulation has not moved."""
+    kitchen.reset(seed=0)
+    before = kitchen.unwrapped.data.qpos.copy()
+    action = np.zeros(9, np.float32)
+    action[3] = bad
+    with pytest.raises(ValueError, match="action"):
+        kitchen.step(action)
+    assert np.array_equal(kitchen.unwrapped.data.qpos, before)
+
+
+@needs_kitchen
+def test_drawing_does_not_disturb_the_physics(kitchen, monkeypatch):
+    """The same actions with and without drawing give the same qpos, bit for bit."""
+    finals = []
+    for draw in (True, False):
+        if not draw:
+            monkeypatch.setattr(envs.Kitchen, "_frame", black)
+        policy = random_policy(9, 4)
+        kitchen.reset(seed=5)
+        for t in range(15):
+            kitchen.step(policy(t))
+        finals.append(kitchen.unwrapped.data.qpos.copy())
+    assert np.array_equal(*finals)
+
+
+def stored_demos():
+    with np.load(DEMOS, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def replay_demo(env, demos, i):
+    """Reset to demo i's seed and repeat its actions -> largest error of qpos, tasks completed."""
+    import mujoco
+    _, info = env.reset(seed=int(demos["seed"][i]))
+    assert info["tasks"] == () and not info["success"]   # nothing is left of an episode before
+    kind = mujoco.mjtState.mjSTATE_INTEGRATION
+    state = np.empty(mujoco.mj_stateSize(env.unwrapped.model, kind))
+    mujoco.mj_getState(env.unwrapped.model, env.unwrapped.data, state, kind)
+    np.testing.assert_allclose(state, demos["start"][i], atol=1e-9)
+    errors = [np.abs(env.unwrapped.data.qpos - demos["qpos"][i, 0]).max()]
+    for t, action in enumerate(demos["action"][i]):
+        info = env.step(action)[4]
+        errors.append(np.abs(env.unwrapped.data.qpos - demos["qpos"][i, t + 1]).max())
+    return max(errors), info
+
+
+@needs_kitchen
+def test_kitchen_demos_replay_to_their_states(dark):
+    """All demos, from their reset seeds: qpos within 1e-3 at every step, all four tasks done.
+
+    The physics alone (nothing is drawn), so half a second an episode.
+    """
+    demos, env = stored_demos(), envs.make_env("kitchen", episode_steps=280)
+    assert len(demos["seed"]) == 10 and str(demos["env"]) == "kitchen"
+    assert len(set(demos["seed"].tolist())) == 10
+    for i in range(10):
+        error, info = replay_demo(env, demos, i)
+        assert error < 1e-3, f"demo {i} is off by {error}"
+        assert set(info["tasks"]) == set(TASKS) and info["success"] and info["n_tasks"] == 4
+    env.close()
+
+
+@needs_kitchen
+def test_kitchen_demo_images_are_the_environments(kitchen):
+    """A demo's pictures equal the environment's frames when its actions are repeated (12 steps)."""
+    demos = stored_demos()
+    loaded, = envs.load_demos("", "kitchen", 1, episode_steps=12)
+    assert loaded["image"].shape == (13, 64, 64, 3) and loaded["action"].shape == (13, 9)
+    assert np.array_equal(loaded["action"][1:], demos["action"][0, :12])
+    image, _ = kitchen.reset(seed=int(demos["seed"][0]))
+    for t in range(13):
+        # qpos is stored in float32: an edge may fall on the next pixel's colour, by a little.
+        difference = np.abs(image.astype(int) - loaded["image"][t])
+        assert difference.mean() < .05 and (difference > 8).mean() < .001, t
+        if t < 12:
+            image = kitchen.step(demos["action"][0, t])[0]
+
+
+@needs_kitchen
+def test_kitchen_demos_go_through_render_state(kitchen, monkeypatch, tmp_path):
+    """Agent and demos are drawn by the SAME function, or D could tell them apart by style."""
+    calls = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(envs, "render_state", lambda *args: calls.append(args) or np.full(
+        (64, 64, 3), 7, np.uint8))
+    assert (kitchen.reset(seed=0)[0] == 7).all() and len(calls) == 1
+    demo, = envs.load_demos("", "kitchen", 1, episode_steps=2)
+    assert (demo["image"] == 7).all() and len(calls) == 4
+    assert calls[0][2] == calls[3][2]                    # the same camera
+    envs.load_demos("", "kitchen", 1, episode_steps=2)
+    assert len(calls) == 4                               # the second time they come from the cache
+
+
+def bad_state_demo(problem):
+    """The shipped demonstrations, cut to two of 20 steps, with one problem."""
+    demos = stored_demos()
+    demos.update({key: demos[key][:2] for key in ("seed", "start", "qpos", "action")})
+    demos["qpos"], demos["action"] = demos["qpos"][:, :21].copy(), demos["action"][:, :20].copy()
+    if problem == "NaN action":
+        demos["action"][1, 5, 2] = np.nan
+    elif problem == "NaN qpos":
+        demos["qpos"][1, 5, 2] = np.nan
+    elif problem == "out of range":
+        demos["action"][0, 3, 0] = -1.2
+    elif problem == "other action size":
+        demos["action"] = demos["action"][:, :, :8]
+    elif problem == "wrong qpos shape":
+        demos["qpos"] = demos["qpos"][:, :, :25]
+    elif problem == "rows do not match":
+        demos["action"] = demos["action"][:, :-1]
+    elif problem == "wrong dtype":
+        demos["action"] = demos["action"].astype(np.int32)
+    elif problem == "other environment":
+        demos["env"] = np.array("baoding")
+    elif problem == "pickled":
+        demos["qpos"] = np.array([None, None], object)
+    elif problem == "no action":
+        del demos["action"]
+    elif problem == "no start":
+        del demos["start"]
+    return demos
+
+
+@needs_kitchen
+@pytest.mark.parametrize("problem", [
+    "NaN action", "NaN qpos", "out of range", "other action size", "wrong qpos shape",
+    "rows do not match", "wrong dtype", "other environment", "pickled", "no action", "no start",
+    "truncated", "too short"])
+def test_bad_kitchen_demos_get_one_line(problem, tmp_path, kitchen, monkeypatch):
+    """Each kind of damage to a state file is one UserError line that names the file."""
+    monkeypatch.setattr(envs, "make_env", lambda name, **options: kitchen)   # making one takes time
+    monkeypatch.setattr(type(kitchen), "close", lambda self: None)
+    file = tmp_path / "bad.npz"
+    np.savez(file, **bad_state_demo(problem))
+    if problem == "truncated":
+        file.write_bytes(file.read_bytes()[:-3000])
+    with pytest.raises(envs.UserError) as error:
+        envs.load_demos(file, "kitchen", min_steps=21 if problem == "too short" else 1)
+    assert "\n" not in str(error.value) and "bad.npz" in str(error.value)
+
+
+@needs_kitchen
+@pytest.mark.stress
+def test_kitchen_trains(tmp_path):
+    """The whole program on kitchen: two workers, a few updates, an evaluation, and a resume."""
+    words = ["--env", "kitchen", "--preset", "debug", "--episode-steps", "30", "--steps", "120",
+             "--seed-steps", "60", "--pretrain", "5", "--log-every", "5", "--logdir", tmp_path,
+             "--device", "cpu", "--threads", "1"]
+    answer = command(*words)
+    assert answer.returncode == 0, answer.stderr
+    assert "GL: " in answer.stdout
+    last = metrics(tmp_path)[-1]
+    assert last["step"] == 120 and 0 <= last["eval/tasks"] <= 4
+    assert command(*words[:7], "180", *words[8:]).returncode == 0
+    assert metrics(tmp_path)[-1]["step"] == 180
+
+
+# ------------------------------------------------------------------------------------ it learns
+
+
+@pytest.mark.stress
+def test_pretraining_learns(tmp_path):
+    """Reconstruction and cloning losses fall far, and the policy predicts what the expert does in
+    episodes it has never seen: far better than the best constant action (oracle: their variance).
+    """
+    c = config(num_demos=10, conv_depth=8, stoch=16, deter=64, hidden=64, members=3, units=64,
+               batch=8, length=16, lr=1e-3)
+    agent = cmil.Agent(c, 2, cmil.setup_torch(c))
+    replay = cmil.Replay(600, c.length, 2, torch.device("cpu"))
+    episodes = envs.point_demos(20)
+    for demo in episodes[:10]:
+        replay.add(demo["image"], demo["action"], demo=True)
+    info = [agent.clone_update(replay) for _ in range(400)]
+    recon, bc = (np.array([float(i[key]) for i in info]) for key in ("recon", "bc"))
+    assert recon[-30:].mean() < .05 * recon[:5].mean()
+    assert bc[-30:].mean() < bc[:5].mean() - 1
+
+    image, action = (torch.tensor(np.stack([demo[key] for demo in episodes[10:]], 1))
+                     for key in ("image", "action"))     # (T+1, 10, ...)
+    with torch.no_grad():
+        post = agent.world.rssm.observe(agent.world.encoder(image), action)
+        s, a = cmil.state_action_pairs(post.feat, action)
+        error = ((agent.actor(s).mode - a) ** 2).mean((0, 1))
+    variance = ((a - a.mean((0, 1))) ** 2).mean((0, 1))
+    print(recon[-30:].mean(), bc[-30:].mean(), error / variance)
+    assert (error < .5 * variance).all()
