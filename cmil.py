@@ -56,7 +56,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -329,6 +328,7 @@ class Encoder(nn.Module):
         channels = [3, depth, 2 * depth, 4 * depth, 8 * depth]
         self.layers = nn.Sequential(*(m for i, o in zip(channels, channels[1:])
                                       for m in (nn.Conv2d(i, o, 4, 2), nn.ELU())))
+        self.layers.to(memory_format=torch.channels_last)  # as to_float lays out the image
         self.size = 32 * depth  # E
 
     def forward(self, image):
@@ -706,12 +706,13 @@ class Optimizer:
 
     def gradients(self, loss):
         """d loss / d params; every other network that the loss runs through is left alone."""
-        return torch.autograd.grad(loss, self.params, allow_unused=True)
+        return torch.autograd.grad(loss, self.params)
 
     def step(self, grads):
         """One update; -> the norm before clipping. No host synchronisation."""
         for param, grad in zip(self.params, grads):
-            param.grad = grad
+            # The fused kernel walks memory: a gradient laid out otherwise would land on other weights.
+            param.grad = torch.empty_like(param).copy_(grad)
         norm = nn.utils.clip_grad_norm_(self.params, self.clip)
         bad = (~torch.isfinite(norm)).float()
         # With found_inf the fused kernel skips weights, moments, decay and step count together.
@@ -770,7 +771,7 @@ class Agent:
     def clone_update(self, replay):
         """The start: one step of the world model and of behaviour cloning on its latents."""
         c = self.c
-        image, action = replay.sample_demos(c.batch, c.length)              # (L, B, ...)
+        image, action = replay.sample_demos(c.batch)                        # (L, B, ...)
         with self.autocast():
             post = self.world.rssm.observe(self.world.encoder(image), action)
             world_loss, info = world_model_loss(self.world, image, post, c)             # [P1]
@@ -784,12 +785,13 @@ class Agent:
         taken at the parameters as they are now; then all optimizers step.
         """
         c, world, B = self.c, self.world, self.c.batch
-        image, action = replay.sample(c.batch, c.length)                    # (L, 2B, ...) [R | E]
+        image, action = replay.sample(c.batch)                              # (L, 2B, ...) [R | E]
         with self.autocast():
             # World model: one scan over both halves; only the replay's half trains it.
+            embed = world.encoder(image[:, :B])
             with torch.no_grad():
                 embed_expert = world.encoder(image[:, B:])
-            embed = torch.cat([world.encoder(image[:, :B]), embed_expert], 1)
+            embed = torch.cat([embed, embed_expert], 1)
             post = world.rssm.observe(embed, action)                        # State (L, 2B, ...)
             replay_post = post.map(lambda x: x[:, :B])
             world_loss, info = world_model_loss(world, image[:, :B], replay_post, c)    # [P1]
@@ -849,7 +851,7 @@ class Agent:
 
     def report(self, replay):
         """Extras for a log line: [C]'s estimate of [P9], open loop along the expert's actions."""
-        image, action = replay.sample_demos(self.c.batch, self.c.length)
+        image, action = replay.sample_demos(self.c.batch)
         context = min(5, self.c.length - 1)
         _, spread = self.open_loop(image, action, context)
         return {"uncertainty_expert": spread.mean(),
@@ -928,12 +930,12 @@ class Replay:
         index = torch.minimum((u * count).long(), count - 1)  # rounding could reach count itself
         return self.start[index] + self.offset
 
-    def sample_demos(self, batch, _=None):
+    def sample_demos(self, batch):
         """Windows of the demos -> image uint8 (L, batch, 64, 64, 3), action (L, batch, A)."""
         rows = self.draw(self.demo_starts, batch)
         return self.image[rows], self.action[rows]
 
-    def sample(self, batch, _=None):
+    def sample(self, batch):
         """Windows of everything and, behind them, of the demos -> (L, 2 batch, ...)."""
         rows = torch.cat([self.draw(self.starts, batch), self.draw(self.demo_starts, batch)], 1)
         return self.image[rows], self.action[rows]
@@ -1065,6 +1067,7 @@ class Trainer:
             self.write_config(facts)
         self.metrics = open(self.dir / "metrics.jsonl", "a")
         self.board = tensorboard(self.dir)
+        self.last_done = self.agent.updates, self.step, time.time()
         self.take_snapshot()
         if not resumed:
             self.checkpoint()
@@ -1207,7 +1210,7 @@ class Trainer:
             return
         done = self.agent.updates, self.step
         total = self.c.pretrain + self.earned(self.rounds * self.T * self.c.num_envs)
-        then = getattr(self, "last_done", (0, 0, self.began))
+        then = self.last_done
         elapsed = now - then[2]
         ups, fps = (done[0] - then[0]) / elapsed, (done[1] - then[1]) / elapsed
         eta = (total - done[0]) / ups if ups else float("nan")
@@ -1357,7 +1360,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """The command line -> (Config, the other options)."""
+    """The command line -> (dict of the config fields given, namespace of the other options)."""
     parser = Parser(prog="cmil.py", description=__doc__.split("\n")[0], allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     tools = parser.add_argument_group("instead of training")
@@ -1485,11 +1488,11 @@ def evaluate_run(run, episodes, video, explicit):
         save_gif(video, frames)
 
 
-def bench(c):
+def bench(explicit):
     """--bench: updates/s alone, environment steps/s alone, both as in training; one JSON line."""
     import tempfile
     folder = tempfile.TemporaryDirectory(prefix="cmil-bench-")
-    c.logdir, c.minutes = folder.name, 0.0
+    c = make_config({**explicit, "logdir": folder.name, "minutes": 0.0})
     trainer = Trainer(c)
     agent, vec, replay = trainer.agent, trainer.vec, trainer.replay
     sync = torch.cuda.synchronize if agent.device.type == "cuda" else (lambda: None)
@@ -1552,10 +1555,9 @@ def main(argv=None):
             sys.path.insert(0, str(pathlib.Path(__file__).parent / "results"))
             import figures
             return figures.plot(args.plot, args.out)
-        c = make_config(explicit)
         if args.bench:
-            return bench(c)
-        Trainer(c).run()
+            return bench(explicit)
+        Trainer(make_config(explicit)).run()
     except envs.UserError as error:
         die(error)
 
