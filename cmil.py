@@ -65,6 +65,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -170,7 +171,7 @@ PRESETS = {
 
 # What an environment needs beside its preset: (env, preset) -> overrides.
 ENV_PRESETS = {
-    # With the paper's sigma the discriminator is too blind to single pixels: the policy cuts corners.
+    # With the paper's sigma the discriminator is blind to single pixels: the policy cuts corners.
     ("point", "small"): dict(sigma=0.5, steps=9_000),
     ("kitchen", "small"): dict(episode_steps=200,  # the expert is done by ~160 and then rests
                                conv_depth=12, batch=12, length=20, steps=20_000, eval_every=2_000,
@@ -490,7 +491,7 @@ class RSSM(nn.Module):
         return self.mean_std(self.priors(deter, member))
 
     def step_prior(self, state, action):
-        """One imagined step: s_t (N, ...), a_t (N, A) -> s_{t+1} of a drawn head, u(s_t,a_t) (N,)"""
+        """One imagined step: s_t (N, ...), a_t (N, A) -> s_{t+1} of a drawn head, u (N,)"""
         deter = self.step_deter(state.stoch, state.deter, action)
         means, stds = self.mean_std(self.priors(deter))                     # (K, N, S)
         member = torch.randint(self.members, (1,), device=deter.device)
@@ -619,7 +620,8 @@ def lambda_return(reward, value, gamma, lam):
 
 def state_values(critics, dream, rule="min"):
     """V_0(s_t), t = 0..H -> (H+1, N): the least of the critics [W], or a randomly drawn one [C]."""
-    q = critics(dream.feat, torch.cat([dream.action[1:], dream.last_action[None]]))  # (m, H+1, N)
+    a = torch.cat([state_action_pairs(dream.feat, dream.action)[1], dream.last_action[None]])
+    q = critics(dream.feat, a)                                              # (m, H+1, N)
     if rule == "random":
         return q[torch.randint(len(q), (1,), device=q.device)].squeeze(0)
     return q.min(0).values
@@ -711,7 +713,7 @@ class Optimizer:
     def step(self, grads):
         """One update; -> the norm before clipping. No host synchronisation."""
         for param, grad in zip(self.params, grads):
-            # The fused kernel walks memory: a gradient laid out otherwise would land on other weights.
+            # The fused kernel walks memory: a gradient of another layout would hit other weights.
             param.grad = torch.empty_like(param).copy_(grad)
         norm = nn.utils.clip_grad_norm_(self.params, self.clip)
         bad = (~torch.isfinite(norm)).float()
@@ -853,7 +855,8 @@ class Agent:
         """Extras for a log line: [C]'s estimate of [P9], open loop along the expert's actions."""
         image, action = replay.sample_demos(self.c.batch)
         context = min(5, self.c.length - 1)
-        _, spread = self.open_loop(image, action, context)
+        with self.autocast():
+            _, spread = self.open_loop(image, action, context)
         return {"uncertainty_expert": spread.mean(),
                 "skipped": sum(o.skipped for o in self.opts.values())}
 
@@ -1065,7 +1068,8 @@ class Trainer:
         resumed = self.restore()
         if not resumed:
             self.write_config(facts)
-        self.metrics = open(self.dir / "metrics.jsonl", "a")
+        self.metrics = open(self.dir / "metrics.jsonl", "a" if resumed else "w")
+        self.metrics.truncate(min(self.metrics_bytes, self.metrics.tell()))
         self.board = tensorboard(self.dir)
         self.last_done = self.agent.updates, self.step, time.time()
         self.take_snapshot()
@@ -1199,7 +1203,7 @@ class Trainer:
         self.metrics.flush()
         if self.board:
             for key, value in line.items():
-                self.board.add_scalar(key, value, self.step or self.agent.updates)
+                self.board.add_scalar(key, value, self.agent.updates)
 
     def progress(self):
         """A line every few seconds; and the end of the minutes."""
@@ -1295,10 +1299,13 @@ class Trainer:
         self.last_rate = self.before, self.step, self.agent.updates
         for i in range(self.round if not self.c.offline else 0):
             for worker in range(self.c.num_envs):
-                with np.load(self.dir / "episodes" / f"r{i:06d}-w{worker}.npz") as episode:
-                    self.replay.add(episode["image"], episode["action"])
-        if (self.dir / "metrics.jsonl").exists():
-            os.truncate(self.dir / "metrics.jsonl", self.metrics_bytes)
+                file = self.dir / "episodes" / f"r{i:06d}-w{worker}.npz"
+                try:
+                    with np.load(file) as episode:
+                        self.replay.add(episode["image"], episode["action"])
+                except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+                    die(f"{file} of the run's replay cannot be read ({type(error).__name__}); "
+                        "restore it, or start again in another --logdir")
         return True
 
     def close(self):
@@ -1309,6 +1316,8 @@ class Trainer:
 def load_checkpoint(path):
     """The dict in a checkpoint.pt: tensors and plain values. Dies naming the file if unreadable."""
     try:
+        if zipfile.ZipFile(path).testzip():  # torch.load does not notice a flipped byte
+            raise ValueError("checksum")
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # zip, pickle and tensor errors of many kinds
         die(f"{path} cannot be read ({type(error).__name__}); remove it to go back to "
@@ -1513,13 +1522,16 @@ def bench(explicit):
         for _ in range(trainer.T):
             vec.step(action)
 
+    each = max(1, round(c.train_ratio * c.num_envs))  # updates while the environments take a step
+
     def both():
-        """Steps with an update behind each, as in play_round; -> when an episode is over."""
+        """Steps of all environments with their updates behind them, as in play_round."""
         image, carry = vec.reset(seed=0)[0], None
         for _ in range(trainer.T):
             action, carry = agent.act(image, carry)
             step_async(vec, action)
-            agent.update(replay)
+            for _ in range(each):
+                agent.update(replay)
             image = step_wait(vec)[0]
             yield
 
@@ -1533,7 +1545,8 @@ def bench(explicit):
     folder.cleanup()
     print(json.dumps({"updates_per_s": updates, "seconds_per_update": 1 / updates,
                       "env_steps_per_s": steps,
-                      "both": {"updates_per_s": together, "env_steps_per_s": together * c.num_envs},
+                      "both": {"updates_per_s": together * each,
+                               "env_steps_per_s": together * c.num_envs},
                       "peak_mem_gb": peak,
                       "preset": c.preset, "env": c.env, "device": str(agent.device),
                       "threads": torch.get_num_threads()}))

@@ -26,7 +26,6 @@ import inspect
 import io
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -591,8 +590,8 @@ def make_env(name, seed=None, **options):
     if seed is not None:
         env.action_space.seed(seed)
         env.np_random = np.random.default_rng(seed)
-    if multiprocessing.current_process().daemon:  # in a worker: Ctrl-C is the learner's business
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if multiprocessing.current_process().daemon:  # in a worker: Ctrl-C and a scheduler's SIGTERM
+        os.setpgrp()                              # to the group are the learner's business
     return env
 
 
