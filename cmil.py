@@ -55,6 +55,7 @@ DEPARTURES  from the released code are numbered in README.md, each with its line
 import argparse
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import json
 import math
@@ -210,7 +211,7 @@ def state_action_pairs(feat, action):
 
 def to_float(image):
     """uint8 (..., 64, 64, 3) -> float (..., 3, 64, 64) in [-.5, .5]; memory stays channels-last."""
-    return (image.float() / 255 - 0.5).movedim(-1, -3)
+    return image.float().div_(255).sub_(0.5).movedim(-1, -3)  # in place: it is a large array
 
 
 def to_uint8(image):
@@ -333,8 +334,8 @@ class Encoder(nn.Module):
         self.size = 32 * depth  # E
 
     def forward(self, image):
-        """uint8 (..., 64, 64, 3) -> (..., E)"""
-        x = self.layers(to_float(image).flatten(0, -4))
+        """Pixels of to_float (..., 3, 64, 64) -> (..., E)"""
+        x = self.layers(image.flatten(0, -4))
         return x.flatten(1).float().unflatten(0, image.shape[:-3])
 
 
@@ -343,16 +344,17 @@ class Decoder(nn.Module):
 
     def __init__(self, depth, feat):
         super().__init__()
-        self.input = nn.Linear(feat, 32 * depth)
+        # On a 1x1 map a transposed convolution is a matrix product: 1x1 -> 5x5, ten times faster.
+        self.input = nn.Sequential(nn.Linear(feat, 32 * depth),
+                                   nn.Linear(32 * depth, 5 * 5 * 4 * depth), nn.ELU())
         self.layers = nn.Sequential(
-            nn.ConvTranspose2d(32 * depth, 4 * depth, 5, 2), nn.ELU(),
             nn.ConvTranspose2d(4 * depth, 2 * depth, 5, 2), nn.ELU(),
             nn.ConvTranspose2d(2 * depth, depth, 6, 2), nn.ELU(),
             nn.ConvTranspose2d(depth, 3, 6, 2)).to(memory_format=torch.channels_last)
 
     def forward(self, feat):
         """(..., F) -> (..., 3, 64, 64)"""
-        x = self.input(feat.flatten(0, -2))[..., None, None]
+        x = self.input(feat.flatten(0, -2)).unflatten(1, (5, 5, -1)).movedim(-1, 1)
         return self.layers(x).float().unflatten(0, feat.shape[:-1])
 
 
@@ -520,14 +522,14 @@ class WorldModel(nn.Module):
 
 
 def world_model_loss(world, image, post, c):
-    """[P1]: image uint8 (L, B, 64, 64, 3), post State (L, B, ...) -> loss, info.
+    """[P1]: image (L, B, 3, 64, 64), pixels of to_float; post State (L, B, ...) -> loss, info.
 
     row t        0         1         2
     post      q(s0|x0)  q(s1|x1)  q(s2|x2)      every row reconstructs its image
     prior      T_i(s0)   T_j(s1)   T_k(s2)      heads i, j, k drawn anew; deter_t knows a_{t-1}
     """
-    error = world.decoder(post.feat) - to_float(image)
-    recon = 0.5 * error.square().sum((-3, -2, -1)).mean()  # -log p(x|s), unit variance, no constant
+    error = torch.linalg.vector_norm(world.decoder(post.feat) - image, dim=(-3, -2, -1))  # (L, B)
+    recon = 0.5 * error.square().mean()  # -log p(x|s), unit variance, without its constant
     mean, std = world.rssm.drawn_prior(post.deter)
     to_post = kl_normal(post.mean, post.std, mean.detach(), std.detach()).mean()
     to_prior = kl_normal(post.mean.detach(), post.std.detach(), mean, std).mean()
@@ -761,7 +763,7 @@ class Agent:
             if carry is None:
                 size = actor.layers[-1].out_features // 2
                 carry = rssm.initial(len(image)), torch.zeros(len(image), size, device=self.device)
-            embed = rssm.post_embed(self.world.encoder(image))
+            embed = rssm.post_embed(self.world.encoder(to_float(image)))
             noise = torch.randn_like(carry[0].stoch) * float(sample)
             state = rssm.step_post(*carry, embed, noise)
             policy = actor(state.feat)
@@ -774,6 +776,7 @@ class Agent:
         """The start: one step of the world model and of behaviour cloning on its latents."""
         c = self.c
         image, action = replay.sample_demos(c.batch)                        # (L, B, ...)
+        image = to_float(image)
         with self.autocast():
             post = self.world.rssm.observe(self.world.encoder(image), action)
             world_loss, info = world_model_loss(self.world, image, post, c)             # [P1]
@@ -787,24 +790,25 @@ class Agent:
         taken at the parameters as they are now; then all optimizers step.
         """
         c, world, B = self.c, self.world, self.c.batch
-        image, action = replay.sample(c.batch)                              # (L, 2B, ...) [R | E]
+        image, action = replay.sample(B)                                    # (L, B, ...)
+        expert_image, expert_action = replay.sample_demos(B)                # (L, B, ...)
+        image, expert_image = to_float(image), to_float(expert_image)       # (L, B, 3, 64, 64)
         with self.autocast():
-            # World model: one scan over both halves; only the replay's half trains it.
-            embed = world.encoder(image[:, :B])
+            # World model: one scan over both batches; only the replay's trains it.
+            embed = world.encoder(image)
             with torch.no_grad():
-                embed_expert = world.encoder(image[:, B:])
-            embed = torch.cat([embed, embed_expert], 1)
-            post = world.rssm.observe(embed, action)                        # State (L, 2B, ...)
+                expert_embed = world.encoder(expert_image)
+            post = world.rssm.observe(torch.cat([embed, expert_embed], 1),
+                                      torch.cat([action, expert_action], 1))  # State (L, 2B, ...)
             replay_post = post.map(lambda x: x[:, :B])
-            world_loss, info = world_model_loss(world, image[:, :B], replay_post, c)    # [P1]
+            world_loss, info = world_model_loss(world, image, replay_post, c)           # [P1]
 
             # Data from here on: the model's states without its graph.
             feat, expert_feat = post.feat.detach()[:, :B], post.feat.detach()[:, B:]
-            replay_action, expert_action = action[:, :B], action[:, B:]
 
             # Imagine H steps from every replayed posterior: N = L B rollouts.
             start = replay_post.map(lambda x: x.detach().flatten(0, 1))
-            dream = imagine(world.rssm, self.actor, start, replay_action.flatten(0, 1), c.horizon)
+            dream = imagine(world.rssm, self.actor, start, action.flatten(0, 1), c.horizon)
 
             # Discriminator: the expert's pairs against imagined pairs.
             expert = state_action_pairs(expert_feat, expert_action)
@@ -812,8 +816,8 @@ class Agent:
             disc_loss, disc_info = discriminator_loss(self.disc, expert, policy, c.sigma)   # [P8]
 
             # Critics [W9]: regress imagined and real pairs onto TD(lambda) of the target critics.
-            targets = critic_targets(self.targets, self.disc, dream, feat, replay_action, c)
-            q_loss, q_info = critic_loss(self.critics, targets, dream, feat, replay_action, c)
+            targets = critic_targets(self.targets, self.disc, dream, feat, action, c)
+            q_loss, q_info = critic_loss(self.critics, targets, dream, feat, action, c)
 
             # Actor: up the returns, through the model; and stay near the demonstrations.
             pi_loss, pi_info = actor_loss(self.critics, self.disc, dream, c)            # [W6]
@@ -843,7 +847,7 @@ class Agent:
         (L, B, 64, 64, 3) uint8, disagreement along the predicted steps (L - context, B)
         """
         rssm = self.world.rssm
-        post = rssm.observe(self.world.encoder(image[:context]), action[:context])
+        post = rssm.observe(self.world.encoder(to_float(image[:context])), action[:context])
         state, feats, spreads = post.map(lambda x: x[-1]), [], []
         for a in action[context:]:
             state, spread = rssm.step_prior(state, a)
@@ -939,8 +943,8 @@ class Replay:
         return self.image[rows], self.action[rows]
 
     def sample(self, batch):
-        """Windows of everything and, behind them, of the demos -> (L, 2 batch, ...)."""
-        rows = torch.cat([self.draw(self.starts, batch), self.draw(self.demo_starts, batch)], 1)
+        """Windows of everything, demos included -> the same shapes."""
+        rows = self.draw(self.starts, batch)
         return self.image[rows], self.action[rows]
 
 
@@ -1345,6 +1349,10 @@ def setup_torch(c):
                           "cuda" if torch.cuda.is_available() else "cpu")
     if c.threads:
         torch.set_num_threads(c.threads)
+    if hasattr(ctypes.CDLL(None), "mallopt"):  # glibc
+        # Else every large tensor is returned to the system and paged in anew by the next: up to a
+        # fifth of a CPU update. -4: M_MMAP_MAX, no mappings of their own; -1: M_TRIM_THRESHOLD, off.
+        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return device
 
