@@ -344,7 +344,8 @@ class Decoder(nn.Module):
 
     def __init__(self, depth, feat):
         super().__init__()
-        # On a 1x1 map a transposed convolution is a matrix product: 1x1 -> 5x5, ten times faster.
+        # On a 1x1 map a transposed convolution is a matrix product (1x1 -> 5x5), and ten times
+        # faster as one.
         self.input = nn.Sequential(nn.Linear(feat, 32 * depth),
                                    nn.Linear(32 * depth, 5 * 5 * 4 * depth), nn.ELU())
         self.layers = nn.Sequential(
