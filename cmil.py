@@ -43,7 +43,8 @@ ALGORITHM   load the demos into the replay
             repeat `pretrain` times: one step of [P1] and of behaviour cloning, on the demos
             seed rounds: run the cloned policy in the environment, no updates
             repeat: run the policy; for every environment step, `train_ratio` times:
-                windows of the replay (R) and of the demos (E) -> posterior states      Agent.update
+                windows of the replay (R) and of the demos (E) -> posterior states
+                                                                    see Agent.gradient_step
                 world model        step on [P1], R
                 imagine            from every posterior of R: H steps of policy and prior
                 discriminator      step on [P8], pairs of E against imagined pairs
@@ -99,6 +100,8 @@ class Config:
     threads: int = opt(0, "CPU threads of the learner; 0: torch's own choice")
     precision: str = opt("auto", "bfloat16 autocast on convolutions and MLPs, or float32; "
                          "auto: bfloat16 on CUDA", ("auto", "float32", "bfloat16"))
+    graph: str = opt("auto", "on CUDA, record an update once as a graph and replay it; auto: go on "
+                     "without where that fails", ("auto", "on", "off"))
     # Environment and demonstrations
     tasks: str = opt("", "kitchen: tasks joined by +, such as microwave+kettle; empty: all four")
     episode_steps: int = opt(0, "episode length; 0: the environment's own")
@@ -705,7 +708,8 @@ class Optimizer:
         self.clip = c.clip
         # AdamW multiplies weights by 1 - lr * weight_decay; the method wants 1 - c.weight_decay.
         self.adam = torch.optim.AdamW(self.params, lr, eps=c.adam_eps, fused=True,
-                                      weight_decay=c.weight_decay / lr)
+                                      weight_decay=c.weight_decay / lr,
+                                      capturable=self.params[0].is_cuda)
         self.skipped = torch.zeros((), device=self.params[0].device)      # in all
         self.skipped_now = torch.zeros_like(self.skipped)                 # in a row
 
@@ -729,6 +733,50 @@ class Optimizer:
         return norm
 
 
+class Graphed:
+    """step(replay), on CUDA recorded as a graph and from then on replayed: one launch, not thousands.
+
+    The first calls run as they are. They are real steps, and make what must exist before recording
+    (Adam's moments, libraries' workspaces). Recording itself computes nothing. A replayed step
+    reads and writes the same memory every time, random numbers move on, and what it returns is
+    overwritten by the next. mode: on, off, or auto: one line and no graph where recording fails.
+    """
+    WARM_UP = 3
+
+    def __init__(self, step, device, mode):
+        self.step, self.mode, self.calls, self.graph = step, mode, 0, None
+        self.wanted = device.type == "cuda" and mode != "off"
+        self.stream = torch.cuda.Stream(device) if self.wanted else None
+
+    def __call__(self, replay):
+        if self.wanted and self.calls == self.WARM_UP:
+            self.record(replay)
+        self.calls += 1
+        if self.graph:
+            self.graph.replay()
+            return self.info
+        if not self.wanted:
+            return self.step(replay)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            info = self.step(replay)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return info
+
+    def record(self, replay):
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.info = self.step(replay)
+            self.graph = graph
+        except RuntimeError as error:
+            reason = f"an update cannot be recorded as a CUDA graph ({str(error).splitlines()[0]})"
+            if self.mode == "on":
+                die(f"--graph on: {reason}; use --graph auto or off")
+            print(f"cmil: {reason}; going on without", file=sys.stderr)
+            self.wanted = False
+
+
 class Agent:
     """Everything that learns. c: Config; action: A; device: torch.device."""
 
@@ -745,6 +793,8 @@ class Agent:
                      "disc": Optimizer(self.disc, c.disc_lr, c),
                      "critic": Optimizer(self.critics, c.lr, c)}
         self.updates = 0
+        self.graphed_clone_step = Graphed(self.clone_step, device, c.graph)
+        self.graphed_gradient_step = Graphed(self.gradient_step, device, c.graph)
 
     def autocast(self):
         """bfloat16 for convolutions and MLPs; what follows them is cast back to float32."""
@@ -774,6 +824,22 @@ class Agent:
     # -- learning --
 
     def clone_update(self, replay):
+        """One clone_step, as a graph on CUDA, and what the host does after it -> info."""
+        return self.count(self.graphed_clone_step(replay))
+
+    def update(self, replay):
+        """One gradient_step, likewise."""
+        return self.count(self.graphed_gradient_step(replay))
+
+    def count(self, info):
+        """Count the update; on schedule copy the critics to their targets."""
+        self.updates += 1
+        if self.updates % self.c.target_every == 0:
+            for target, source in zip(self.targets.parameters(), self.critics.parameters()):
+                target.data.copy_(source.data)
+        return info
+
+    def clone_step(self, replay):
         """The start: one step of the world model and of behaviour cloning on its latents."""
         c = self.c
         image, action = replay.sample_demos(c.batch)                        # (L, B, ...)
@@ -784,7 +850,7 @@ class Agent:
             bc_loss = clone_loss(self.actor, post.feat.detach(), action)
         return self.apply({"world": world_loss, "actor": bc_loss}, {**info, "bc": bc_loss})
 
-    def update(self, replay):
+    def gradient_step(self, replay):
         """One gradient step of everything: the body of the ALGORITHM above -> info (0-d tensors).
 
         Static shapes, no host synchronisation, no branch on a tensor's value. All gradients are
@@ -828,14 +894,10 @@ class Agent:
         return self.apply(losses, {**info, **disc_info, **q_info, **pi_info, "bc": bc_loss})
 
     def apply(self, losses, info):
-        """Take all gradients, then all steps; on schedule copy the critics to their targets."""
+        """Take all gradients, then all steps."""
         grads = {name: self.opts[name].gradients(loss) for name, loss in losses.items()}
         for name, grad in grads.items():
             info[f"grad/{name}"] = self.opts[name].step(grad)
-        self.updates += 1
-        if self.updates % self.c.target_every == 0:
-            for target, source in zip(self.targets.parameters(), self.critics.parameters()):
-                target.data.copy_(source.data)
         return {name: value.detach() for name, value in info.items()}
 
     # -- reports, at log steps only --

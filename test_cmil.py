@@ -1269,6 +1269,113 @@ def test_state_dict_is_tensors_and_plain_values(tmp_path):
     assert same(torch.load(tmp_path / "x.pt", weights_only=True), agent.state_dict())
 
 
+# ------------------------------------------------------------------------------------ speed
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+
+
+@pytest.mark.parametrize("update", ["clone_update", "update"])
+def test_an_update_never_asks_for_a_value(update):
+    """No host synchronisation and no branch on a tensor's value: what a CUDA graph needs.
+
+    torch's fake tensors have shapes and no values, and refuse every question about a value.
+    """
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+    agent, replay = agent_and_replay()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        info = getattr(agent, update)(replay)
+        assert all(value.shape == () for value in info.values())
+        with pytest.raises(DataDependentOutputException):
+            float(info["recon"])
+
+
+class PretendGraph:
+    """In torch.cuda.CUDAGraph's place: recording notes what would be done, replaying does it."""
+
+    def __init__(self):
+        self.replay = lambda: setattr(self, "replays", getattr(self, "replays", 0) + 1)
+
+
+def pretend_cuda(monkeypatch, recording):
+    """torch.cuda's graphs and streams without a device; `recording` stands in for its `graph`."""
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {"Stream": lambda device: stream, "current_stream": lambda: stream,
+                        "stream": lambda s: contextlib.nullcontext(), "CUDAGraph": PretendGraph,
+                        "graph": recording}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_graphed_steps_are_recorded_once_and_replayed(monkeypatch):
+    """Three real calls, one recording that counts for nothing, a replay for every call after."""
+    done = []
+    pretend_cuda(monkeypatch, lambda graph, stream: contextlib.nullcontext())
+    graphed = cmil.Graphed(lambda replay: done.append(replay) or len(done),
+                           torch.device("cuda"), "auto")
+    assert [graphed("R") for _ in range(6)] == [1, 2, 3, 4, 4, 4]
+    assert done == ["R"] * 4 and graphed.graph.replays == 3
+
+
+def test_a_graph_that_cannot_be_recorded(monkeypatch, capsys):
+    """auto: one line, and every call is a real one; on: the run stops with the reason."""
+    def refuse(graph, stream):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+    pretend_cuda(monkeypatch, refuse)
+    done = []
+    graphed = cmil.Graphed(done.append, torch.device("cuda"), "auto")
+    for i in range(6):
+        graphed(i)
+    assert done == [0, 1, 2, 3, 4, 5]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "operation not permitted" in lines[0]
+    graphed = cmil.Graphed(done.append, torch.device("cuda"), "on")
+    with pytest.raises(SystemExit):
+        for i in range(6):
+            graphed(i)
+    assert "--graph" in one_error_line(capsys)
+
+
+@pytest.mark.parametrize("device, mode", [("cpu", "auto"), ("cpu", "on"), ("cuda", "off")])
+def test_where_there_is_no_graph(device, mode):
+    """On a CPU, or with --graph off, a step is simply called."""
+    graphed = cmil.Graphed(lambda replay: replay, torch.device(device), mode)
+    assert [graphed(i) for i in range(6)] == list(range(6)) and graphed.graph is None
+
+
+@needs_cuda
+def test_a_graphed_update_is_the_eager_one():
+    """Eight updates replayed as graphs end where eight eager ones do."""
+    states = {}
+    for mode in ("on", "off"):
+        torch.manual_seed(0)
+        agent, replay = agent_and_replay(device="cuda", graph=mode, precision="float32")
+        torch.manual_seed(1)
+        for update in (agent.clone_update, agent.update):
+            for _ in range(8):
+                update(replay)
+        assert (agent.graphed_gradient_step.graph is not None) == (mode == "on")
+        states[mode] = agent.state_dict()
+    for name, module in states["on"]["modules"].items():
+        for key, value in module.items():
+            torch.testing.assert_close(value, states["off"]["modules"][name][key],
+                                       rtol=2e-3, atol=2e-4)
+    assert torch.equal(states["on"]["rng_cuda"], states["off"]["rng_cuda"])
+
+
+@needs_cuda
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_an_update_does_not_synchronise_with_the_host(mode):
+    """CUDA itself refuses every synchronising call while updates run."""
+    agent, replay = agent_and_replay(device="cuda", graph=mode)
+    for _ in range(5):
+        agent.update(replay)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            agent.update(replay)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # ------------------------------------------------------------------------------------ replay
 
 
