@@ -400,19 +400,27 @@ def test_encoder_and_decoder_shapes(depth):
     torch.testing.assert_close(decoder(feat)[1, 2], decoder(feat[1:, 2:])[0, 0])
 
 
-def test_the_decoder_begins_with_a_transposed_convolution():
-    """Its second product is nn.ConvTranspose2d (kernel 5) on a 1x1 map, with the same weights."""
+def test_the_decoder_is_four_transposed_convolutions():
+    """Its matrix product is nn.ConvTranspose2d with kernel 5 on a 1x1 map; its last convolution, one
+    with kernel 6 and stride 2. Oracle: those two, with the same weights put in their places."""
+    torch.manual_seed(0)
     decoder, feat = cmil.initialize(cmil.Decoder(2, 10)), torch.randn(7, 10)
-    product = decoder.input[1]
-    torch.nn.init.normal_(product.bias)
-    conv = torch.nn.ConvTranspose2d(64, 8, 5, 2)
-    weight = product.weight.view(5, 5, 8, 64).permute(3, 2, 0, 1)        # (64, 8, 5, 5)
-    x = decoder.input[0](feat)[..., None, None]                          # (7, 64, 1, 1)
-    first = torch.nn.functional.conv_transpose2d(x, weight, stride=2)
-    first = first + product.bias.view(5, 5, 8).permute(2, 0, 1)
-    assert first.shape == conv(x).shape
-    torch.testing.assert_close(decoder(feat), decoder.layers(torch.nn.functional.elu(first)),
-                               rtol=1e-4, atol=1e-5)
+    for parameter in decoder.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter)                   # biases too
+    product, last = decoder.input[1], decoder.layers[-1]
+    first = nn.ConvTranspose2d(64, 8, 5, 2, bias=False)
+    first.weight.data = product.weight.view(5, 5, 8, 64).permute(3, 2, 0, 1)
+    x = first(decoder.input[0](feat)[..., None, None]) + product.bias.view(5, 5, 8).movedim(-1, 0)
+    x = decoder.layers[:-1](nn.functional.elu(x))        # (7, 2, 30, 30)
+    # Pixel (2i + p, 2j + q) of the picture sees input (i - 2 + y, j - 2 + x) through weight[p, q]
+    # of the convolution, at (y, x), and through tap (p + 4 - 2y, q + 4 - 2x) of the transposed one.
+    pixels = nn.ConvTranspose2d(2, 3, 6, 2, bias=False)
+    for p, q, y, x_ in itertools.product(range(2), range(2), range(3), range(3)):
+        pixels.weight.data[:, :, p + 4 - 2 * y, q + 4 - 2 * x_] = last.weight.view(
+            2, 2, 3, 2, 3, 3)[p, q, :, :, y, x_].T
+    bias = last.bias.view(2, 2, 3).movedim(-1, 0).repeat(1, 32, 32)      # (3, 64, 64)
+    torch.testing.assert_close(decoder(feat), pixels(x) + bias, rtol=1e-4, atol=1e-5)
 
 
 def test_actor_distribution():

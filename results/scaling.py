@@ -1,0 +1,75 @@
+"""How the cost of one update grows with K, H, B, L and deter, each alone, as numbers and a plot.
+
+    python results/scaling.py --out results/scaling.png [--preset small ... any flag of cmil.py]
+
+One JSON line a point. Random frames: the update's cost does not depend on the data.
+"""
+import json
+import pathlib
+import sys
+import time
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+import cmil  # noqa: E402
+
+VALUES = {"members": (2, 5, 10, 20, 40), "horizon": (4, 8, 16, 32), "batch": (4, 8, 16, 32),
+          "length": (8, 16, 32, 64), "deter": (64, 128, 256, 512, 1024)}
+
+
+def seconds_per_update(c, updates=7):
+    """Median wall time of an update of this config, after two that warm it up."""
+    device, actions = cmil.setup_torch(c), 9
+    torch.manual_seed(0)
+    agent, replay = cmil.Agent(c, actions, device), cmil.Replay(1000, c.length, actions, device)
+    for i in range(3):
+        replay.add(torch.randint(256, (300, 64, 64, 3), dtype=torch.uint8),
+                   torch.rand(300, actions) * 2 - 1, demo=i < 2)
+    times = []
+    for _ in range(updates + 2):
+        start = time.perf_counter()
+        agent.update(replay)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[2:]))
+
+
+def draw(points, out):
+    """Cost over each field's value, both on logarithmic axes; grey: in proportion to the value."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, len(VALUES), figsize=(15, 3.2), sharey=True)
+    for ax, (field, values) in zip(axes, VALUES.items()):
+        cost = np.array([1000 * points[field, v] for v in values])
+        ax.loglog(values, cost, "ko-")
+        ax.loglog(values, cost[0] * np.array(values) / values[0], color="0.7", linestyle="--")
+        # What the last doubling costs, as a power of the value: 1 is linear.
+        slope = np.log(cost[-1] / cost[-2]) / np.log(values[-1] / values[-2])
+        ax.set(xlabel=field, title=f"last step: value^{slope:.2f}")
+        ax.set_xticks(values, map(str, values))
+        ax.minorticks_off()
+    axes[0].set_ylabel("ms an update")
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+
+
+def main():
+    flags = sys.argv[1:]
+    out = flags.pop(flags.index("--out") + 1) if "--out" in flags else "scaling.png"
+    explicit, _ = cmil.parse([f for f in flags if f != "--out"])
+    base, points = {"preset": "small", "logdir": "unused", **explicit}, {}
+    for field, values in VALUES.items():
+        for value in values:
+            c = cmil.make_config({**base, field: value})
+            points[field, value] = seconds_per_update(c)
+            print(json.dumps({field: value, "ms": round(1000 * points[field, value], 1)}),
+                  flush=True)
+    draw(points, out)
+
+
+if __name__ == "__main__":
+    main()
