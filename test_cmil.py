@@ -1297,6 +1297,26 @@ def test_an_update_never_asks_for_a_value(update):
             float(info["recon"])
 
 
+def test_compiled_steps_compute_the_same(monkeypatch):
+    """--compile changes the speed, not the numbers, nor the names of the weights.
+
+    Its tracing is what could go wrong here; the eager backend then runs what was traced.
+    """
+    traced = calls_of(monkeypatch, torch, "compile", lambda real, function, **options: real(
+        function, backend="eager", **options))
+    infos, names = [], []
+    for on in (False, True):
+        torch.manual_seed(0)
+        agent, replay = agent_and_replay(compile=on)
+        infos.append([agent.clone_update(replay), agent.update(replay)])
+        names.append(agent.world.state_dict().keys())
+    assert [function.__name__ for function, *_ in traced] == ["step_post", "step_prior"]
+    assert names[0] == names[1]
+    for plain, compiled in zip(*infos):
+        for key in plain:
+            assert plain[key].item() == pytest.approx(compiled[key].item(), rel=1e-4, abs=1e-5), key
+
+
 class PretendGraph:
     """In torch.cuda.CUDAGraph's place: recording notes what would be done, replaying does it."""
 
