@@ -387,6 +387,19 @@ def test_critics_are_separate_mlps_on_feat_and_action():
         np.testing.assert_allclose(q[i].detach(), expected, **FLOAT32)
 
 
+def test_the_last_layer_of_an_ensemble_is_float32_under_autocast():
+    """bfloat16 has 8 bits: two means that differ by 1/1000 would often become one ([P9])."""
+    heads = cmil.EnsembleMLP(2, 1, 4, 1, 3)
+    for weight in heads.weights:
+        nn.init.constant_(weight, 1.)
+    nn.init.zeros_(heads.biases[-1])
+    heads.biases[-1].data[1] += .001
+    with torch.autocast("cpu", torch.bfloat16):
+        out = heads(torch.ones(5, 1))                    # (2, 5, 3): 4 elu(1) = 4
+    assert out.dtype == torch.float32 and (out[0] == 4).all()
+    torch.testing.assert_close(out[1], torch.full((5, 3), 4.001), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("depth", [2, 4])
 def test_encoder_and_decoder_shapes(depth):
     """Images to E = 32 depth numbers and feats to images, with any leading shape, one by one."""

@@ -1,15 +1,19 @@
-"""Where the time of one update goes: seconds and share of each kind of operation.
+"""Where the time of one update goes: each kind of operation's share, and the floor below them.
 
     python results/profile_update.py --preset paper [any other flag of cmil.py]
 
 Runs on random frames, so it needs no environment: the update's cost does not depend on the data.
+The floor: the update's multiplications and additions at the rate of one large matrix product here.
 """
+import collections
 import json
 import pathlib
 import sys
 import time
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import cmil  # noqa: E402
@@ -18,6 +22,34 @@ import cmil  # noqa: E402
 KINDS = {"convolutions": ("conv",), "matrix products": ("mm", "linear"),
          "optimizers": ("adam", "foreach"), "random numbers": ("normal_", "rand", "uniform_"),
          "copies and casts": ("copy", "cat", "stack", "index", "select", "clone", "fill", "zero")}
+
+
+class Count(TorchDispatchMode):
+    """Counts operations, and the floating-point operations of products and convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.flop = 0, collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out, name = function(*args, **(kwargs or {})), function._overloadpacket
+        self.calls += 1
+        if name in flop_registry:
+            kind = "convolutions" if "conv" in str(name) else "matrix products"
+            self.flop[kind] += flop_registry[name](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def peak(dtype, device, size=2048):
+    """Floating-point operations a second of a size x size matrix product: best of five."""
+    a, best = torch.randn(size, size, dtype=dtype, device=device), 0
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * size ** 3 / (time.perf_counter() - start))
+    return best
 
 
 def main():
@@ -30,10 +62,13 @@ def main():
     for i in range(5):
         replay.add(torch.randint(256, (300, 64, 64, 3), dtype=torch.uint8),
                    torch.rand(300, actions) * 2 - 1, demo=i < 2)
-    agent.update(replay)                                                    # warm-up
-    start = time.perf_counter()
-    agent.update(replay)
-    plain = time.perf_counter() - start
+    with Count() as count:                                                  # warm-up too
+        agent.update(replay)
+    plain = []
+    for _ in range(3 if c.preset == "paper" else 15):
+        start = time.perf_counter()
+        agent.update(replay)
+        plain.append(time.perf_counter() - start)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         agent.update(replay)
     seconds = dict.fromkeys([*KINDS, "element by element and the rest"], 0.0)
@@ -44,8 +79,14 @@ def main():
     total = sum(seconds.values())
     for kind, value in sorted(seconds.items(), key=lambda item: -item[1]):
         print(f"{kind:34s} {value:7.3f} s  {value / total:5.0%}")
-    print(json.dumps({"preset": c.preset, "seconds_per_update": round(plain, 3),
-                      "threads": torch.get_num_threads(), "precision": c.precision}))
+    dtype = torch.bfloat16 if c.precision == "bfloat16" else torch.float32
+    rate, flop = peak(dtype, device), sum(count.flop.values())
+    print(json.dumps({
+        "preset": c.preset, "precision": c.precision, "threads": torch.get_num_threads(),
+        "seconds_per_update": round(sorted(plain)[len(plain) // 2], 4),
+        "floor_seconds": round(flop / rate, 4), "operations": count.calls,
+        "gflop": {kind: round(n / 1e9, 2) for kind, n in count.flop.items()},
+        "gflop_per_s_of_a_product": round(rate / 1e9)}))
 
 
 if __name__ == "__main__":
