@@ -1131,8 +1131,8 @@ class Trainer:
         demos = envs.load_demos(c.demos, c.env, c.num_demos, self.vec, min_steps=c.length - 1,
                                 **env_options(c))
 
-        per_round = c.num_envs * self.T
-        self.rounds = math.ceil(c.steps / per_round)
+        self.per_round = c.num_envs * self.T                                # environment steps
+        self.rounds = math.ceil(c.steps / self.per_round)
         rows = sum(len(d["image"]) for d in demos)
         rows += 0 if c.offline else self.rounds * c.num_envs * (self.T + 1)
         self.replay = Replay(rows, c.length, A, device)
@@ -1180,7 +1180,7 @@ class Trainer:
                 self.take_snapshot()
             while self.round < self.rounds:
                 self.play_round()
-                before, self.round = self.round * self.T * c.num_envs, self.round + 1
+                before, self.round = self.round * self.per_round, self.round + 1
                 if self.round == self.rounds or before // c.eval_every < self.step // c.eval_every:
                     self.evaluate()
                 self.take_snapshot()
@@ -1197,7 +1197,7 @@ class Trainer:
     def step(self):
         """Environment steps so far. For an offline method, which takes none: the steps after which
         an online run has made as many updates, so that one axis serves both."""
-        return self.round * self.T * self.c.num_envs + self.steps_in_round
+        return self.round * self.per_round + self.steps_in_round
 
     steps_in_round = 0
 
@@ -1232,8 +1232,7 @@ class Trainer:
 
     def earned(self, step):
         """Updates that the environment steps up to `step` have earned; seed rounds earn none."""
-        per_round = self.T * self.c.num_envs
-        seed_steps = math.ceil(self.c.seed_steps / per_round) * per_round
+        seed_steps = math.ceil(self.c.seed_steps / self.per_round) * self.per_round
         return int(max(0, step - seed_steps) * self.c.train_ratio + 1e-6)
 
     def learn(self, update):
@@ -1294,7 +1293,7 @@ class Trainer:
         if now - self.last_print < 10 or not hasattr(self, "info"):
             return
         done = self.agent.updates, self.step
-        total = self.c.pretrain + self.earned(self.rounds * self.T * self.c.num_envs)
+        total = self.c.pretrain + self.earned(self.rounds * self.per_round)
         then = self.last_done
         elapsed = now - then[2]
         ups, fps = (done[0] - then[0]) / elapsed, (done[1] - then[1]) / elapsed
@@ -1302,7 +1301,7 @@ class Trainer:
         self.last_print, self.last_done = now, (*done, now)
         keys = ("recon", "kl", "bc", "reward", "disc/gap", "uncertainty")
         losses = " ".join(f"{k} {float(self.info[k]):.2f}" for k in keys if k in self.info)
-        print(f"step {done[1]}/{self.rounds * self.T * self.c.num_envs} update {done[0]} "
+        print(f"step {done[1]}/{self.rounds * self.per_round} update {done[0]} "
               f"ups {ups:.2f} fps {fps:.0f} eta {eta / 60:.0f}m | {losses} | "
               f"success {self.last_success:.2f}", flush=True)
 
@@ -1365,15 +1364,12 @@ class Trainer:
 
     def restore(self):
         """Load the newest checkpoint, the episodes before it and cut back the metrics -> bool."""
-        path = self.dir / "checkpoint.pt"
-        if not path.exists():
-            path = path.with_suffix(".prev.pt")  # killed between two renames
-        if not path.exists():
+        state = load_checkpoint(self.dir)
+        if state is None:
             return False
-        state = load_checkpoint(path)
         if state["round"] > self.rounds:
             die(f"--steps {self.c.steps}: the run in {self.dir} has made "
-                f"{state['round'] * self.T * self.c.num_envs} already")
+                f"{state['round'] * self.per_round} already")
         self.agent.load_state_dict(state["agent"])
         self.round, self.started = state["round"], state["started"]
         self.metrics_bytes, self.before = state["metrics_bytes"], state["seconds"]
@@ -1394,8 +1390,16 @@ class Trainer:
         self.vec.close()
 
 
-def load_checkpoint(path):
-    """The dict in a checkpoint.pt: tensors and plain values. Dies naming the file if unreadable."""
+def load_checkpoint(folder):
+    """The run's newest checkpoint, a dict of tensors and plain values; None if there is none yet.
+
+    Dies naming the file if it is unreadable.
+    """
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        path = path.with_suffix(".prev.pt")  # killed between two renames
+    if not path.exists():
+        return None
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load does not notice a flipped byte
             raise ValueError("checksum")
@@ -1426,7 +1430,7 @@ def setup_torch(c):
                           "cuda" if torch.cuda.is_available() else "cpu")
     if c.threads:
         torch.set_num_threads(c.threads)
-    if hasattr(ctypes.CDLL(None), "mallopt"):  # glibc
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # glibc
         # Else every large tensor is returned to the system and paged in anew by the next: up to a
         # fifth of a CPU update. -4: M_MMAP_MAX, no mappings of their own; -1: M_TRIM_THRESHOLD, off.
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
@@ -1553,14 +1557,14 @@ def load_agent(run, explicit=None):
         if name not in EVAL_MAY_CHANGE:
             die(f"--{name.replace('_', '-')} belongs to training: with --eval it cannot change")
     c = Config(**{**stored, "logdir": str(run), **(explicit or {})})
-    path = pathlib.Path(run) / "checkpoint.pt"
-    if not path.exists():
-        die(f"{path} does not exist: the run has not written a checkpoint")
+    state = load_checkpoint(pathlib.Path(run))
+    if state is None:
+        die(f"{run}: the run has not written a checkpoint.pt yet")
     device = setup_torch(c)
     vec = envs.make_vec(c.env, c.num_envs, **env_options(c))
     facts = envs.env_facts(vec)
     agent = Agent(c, facts["action_dim"], device)
-    agent.load_state_dict(load_checkpoint(path)["agent"])
+    agent.load_state_dict(state["agent"])
     return c, agent, vec, facts["episode_steps"]
 
 

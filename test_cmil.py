@@ -1647,6 +1647,9 @@ def test_killed_between_two_renames(uninterrupted, tmp_path):
     """With only the previous checkpoint left, the run resumes from that."""
     train(tmp_path, 7)
     (tmp_path / "checkpoint.pt").rename(tmp_path / "checkpoint.prev.pt")
+    _, agent, vec, _ = cmil.load_agent(tmp_path)         # --eval finds it too
+    vec.close()
+    assert agent.updates > 0
     state, lines = train(tmp_path)
     assert lines == uninterrupted[2] and same(state, uninterrupted[1])
 
