@@ -26,9 +26,9 @@ EQUATIONS   [P]: the L4DC paper; [W]: its workshop version; [C]: the released co
   [W9]  critic         [W7] + [W8]
 
 SYMBOLS     L window length, B windows, N = L B imagination starts, H horizon, K prior heads,
-            m critics, A action size, E embedding, S stoch, D deter, F = S + D feat.
-            Tensors are time-major. post = q(s_t|...), prior = T_i(s_t|...), feat = [stoch, deter],
-            logit = D before its sigmoid.
+            m critics, A action size, E embedding, S stoch, D deter, F = S + D feat, T steps (of
+            an episode, or any). Tensors are time-major. post = q(s_t|...), prior = T_i(s_t|...),
+            feat = [stoch, deter], logit = D before its sigmoid.
 
 TIME        action[t] LED TO image[t] (row 0: the reset image, a zero action). The paper's pair
             (s_t, a_t) is therefore (feat[t], action[t+1]); state_action_pairs() alone makes it.
@@ -63,10 +63,12 @@ import math
 import os
 import pathlib
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from typing import NamedTuple
 
@@ -167,7 +169,7 @@ PRESETS = {
         steps=10_000, eval_every=1_000, eval_episodes=20, num_envs=5,
         conv_depth=8, stoch=32, deter=128, hidden=128, members=5, units=128, layers=2,
         disc_units=128, batch=8, length=16, horizon=8,
-        seed_steps=1000, lr=1e-3, disc_lr=5e-4, alpha=1.0,
+        seed_steps=1000, lr=1e-3, disc_lr=5e-4,
         # In a few thousand updates a critic learns the next ten steps well, not the next hundred.
         gamma=0.9, target_every=20),
     "debug": dict(
@@ -193,7 +195,7 @@ ALGOS = {
 
 # A resumed run may change these; any other difference is refused.
 RESUME_MAY_CHANGE = ("steps", "minutes", "log_every", "eval_every", "eval_episodes",
-                     "checkpoint_minutes", "threads", "logdir")
+                     "checkpoint_minutes", "threads", "graph", "compile", "logdir")
 
 # ------------------------------------------------------------------------------------------------
 # Helpers
@@ -223,6 +225,11 @@ def to_float(image):
 def to_uint8(image):
     """The inverse of to_float, clipped: (..., 3, 64, 64) -> uint8 (..., 64, 64, 3)."""
     return ((image.float().movedim(-3, -1) + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def kept_rng(device):
+    """A context after which torch's random state is what it was before."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def bootstrap_ci(values, draws=10_000):
@@ -320,12 +327,13 @@ class EnsembleMLP(nn.Module):
     def forward(self, x, member=None):
         """Every head on the same input:       x (N, in)                  -> (K, N, out)
         one drawn head for each time step:  x (T, N, in), member (T,)  -> (T, N, out)"""
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            if member is not None:
-                weight, bias = weight[member], bias[member]  # (T, in, out), (T, 1, out)
-            x = F.elu(x) if i else x.expand(weight.shape[0], *x.shape[-2:])
-            if i < len(self.weights) - 1:
-                x = torch.baddbmm(bias, x, weight)
+        layers = list(zip(self.weights, self.biases))
+        if member is not None:
+            layers = [(weight[member], bias[member]) for weight, bias in layers]
+        *hidden, (weight, bias) = layers                    # (K or T, in, out), (K or T, 1, out)
+        x = x.expand(len(weight), *x.shape[-2:])
+        for w, b in hidden:
+            x = F.elu(torch.baddbmm(b, x, w))
         with torch.autocast(x.device.type, enabled=False):  # [P9] is a small difference of outputs
             return torch.baddbmm(bias, x.float(), weight)
 
@@ -644,7 +652,10 @@ def state_values(critics, dream, rule="min"):
 
 
 def actor_loss(critics, disc, dream, c):
-    """[W6] without its BC term: -mean_{t<H} g^t [ l V(s_t) + (1-l) V_0(s_t) ] - entropy bonus."""
+    """[W6] without its BC term, with the policy's entropy e:
+
+    -mean_{t<H} g^t [ l V(s_t) + (1-l) V_0(s_t) + c.entropy e_t ]
+    """
     reward = conservative_reward(disc, dream, c)                            # (H, N)
     value = state_values(critics, dream)                                    # (H+1, N)
     returns = lambda_return(reward, value, c.gamma, c.lam)                  # (H, N)
@@ -719,7 +730,7 @@ class Optimizer:
         # AdamW multiplies weights by 1 - lr * weight_decay; the method wants 1 - c.weight_decay.
         self.adam = torch.optim.AdamW(self.params, lr, eps=c.adam_eps, fused=True,
                                       weight_decay=c.weight_decay / lr,
-                                      capturable=self.params[0].is_cuda)
+                                      capturable=self.params[0].is_cuda and c.graph != "off")
         self.skipped = torch.zeros((), device=self.params[0].device)      # in all
         self.skipped_now = torch.zeros_like(self.skipped)                 # in a row
 
@@ -744,7 +755,7 @@ class Optimizer:
 
 
 class Graphed:
-    """step(replay), on CUDA recorded as a graph and from then on replayed: one launch, not thousands.
+    """step(replay), on CUDA recorded as a graph and then replayed: one launch, not thousands.
 
     The first calls run as they are. They are real steps, and make what must exist before recording
     (Adam's moments, libraries' workspaces). Recording itself computes nothing. A replayed step
@@ -763,6 +774,7 @@ class Graphed:
             self.record(replay)
         self.calls += 1
         if self.graph:
+            assert replay is self.replay  # its memory is part of the recording
             self.graph.replay()
             return self.info
         if not self.wanted:
@@ -774,17 +786,23 @@ class Graphed:
         return info
 
     def record(self, replay):
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 self.info = self.step(replay)
-            self.graph = graph
+            self.graph, self.replay = graph, replay
         except RuntimeError as error:
-            reason = f"an update cannot be recorded as a CUDA graph ({str(error).splitlines()[0]})"
+            cause = str(error.__context__ or error).splitlines()[0]  # not what ending it then said
+            reason = f"an update cannot be recorded as a CUDA graph ({cause})"
             if self.mode == "on":
                 die(f"--graph on: {reason}; use --graph auto or off")
             print(f"cmil: {reason}; going on without", file=sys.stderr)
             self.wanted = False
+            # What a failed recording may leave behind: its stream, and a generator that believes
+            # it is still being recorded (older versions of torch).
+            torch.cuda.set_stream(current)
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
 
 
 class Agent:
@@ -804,11 +822,23 @@ class Agent:
                      "critic": Optimizer(self.critics, c.lr, c)}
         self.updates = 0
         if c.compile:
-            rssm = self.world.rssm
-            for name in ("step_post", "step_prior"):  # methods: modules would rename their weights
-                setattr(rssm, name, torch.compile(getattr(rssm, name), dynamic=False))
-        self.graphed_clone_step = Graphed(self.clone_step, device, c.graph)
-        self.graphed_gradient_step = Graphed(self.gradient_step, device, c.graph)
+            self.compile()
+        self.record_anew()
+
+    def compile(self):
+        """Fuse the small operations of the latent model's steps."""
+        if not any(map(shutil.which, ("cc", "gcc", "g++", "clang"))):
+            die("--compile needs a C compiler, and there is none here (Debian: apt install g++)")
+        torch._dynamo.config.cache_size_limit = 64  # batch sizes, with and without gradients
+        rssm = self.world.rssm
+        for name in ("step_post", "step_prior"):  # methods: modules would rename their weights
+            setattr(rssm, name, torch.compile(getattr(rssm, name), dynamic=False))
+
+    def record_anew(self):
+        """Forget recorded graphs: they hold on to memory, and to the tensors they were made with.
+        """
+        self.graphed_clone_step = Graphed(self.clone_step, self.device, self.c.graph)
+        self.graphed_gradient_step = Graphed(self.gradient_step, self.device, self.c.graph)
 
     def autocast(self):
         """bfloat16 for convolutions and MLPs; what follows them is cast back to float32."""
@@ -843,6 +873,8 @@ class Agent:
 
     def update(self, replay):
         """One gradient_step, likewise."""
+        if self.graphed_clone_step.graph:
+            self.record_anew()  # the start is over
         return self.count(self.graphed_gradient_step(replay))
 
     def count(self, info):
@@ -965,12 +997,15 @@ class Agent:
             getattr(self, name).load_state_dict(weights)
         for name, saved in state["opts"].items():
             self.opts[name].adam.load_state_dict(saved["adam"])
+            for group in self.opts[name].adam.param_groups:  # it may come from another device
+                group["capturable"] = self.opts[name].params[0].is_cuda and self.c.graph != "off"
             self.opts[name].skipped.copy_(saved["skipped"])
             self.opts[name].skipped_now.copy_(saved["skipped_now"])
         self.updates = state["updates"]
         torch.set_rng_state(state["rng"])
         if "rng_cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng_cuda"], self.device)
+        self.record_anew()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -983,7 +1018,7 @@ class Replay:
 
     Rows are in stored order (action[t] led to image[t]). `start` lists every row at which a window
     of `length` rows lies inside one episode; how many there are is a tensor, filled in place, so
-    that sampling needs no host synchronisation and could be captured in a CUDA graph.
+    that sampling needs no host synchronisation and goes into a CUDA graph.
     """
 
     def __init__(self, capacity, length, action, device):
@@ -1066,7 +1101,7 @@ def rollouts(agent, vec, steps, episodes, seed, stream, sample):
     video (steps+1, 64, 64, 3) uint8 of the first episode. Leaves torch's random state as it was.
     """
     results, video = {}, []
-    with torch.random.fork_rng():
+    with kept_rng(agent.device):
         torch.manual_seed(seed + 1_000_003 * stream)
         for batch in range(math.ceil(episodes / vec.num_envs)):
             image, _ = vec.reset(seed=env_seeds(seed, stream, batch, vec.num_envs))
@@ -1135,11 +1170,16 @@ class Trainer:
         self.rounds = math.ceil(c.steps / self.per_round)
         rows = sum(len(d["image"]) for d in demos)
         rows += 0 if c.offline else self.rounds * c.num_envs * (self.T + 1)
-        self.replay = Replay(rows, c.length, A, device)
+        try:
+            self.replay = Replay(rows, c.length, A, device)
+        except RuntimeError:
+            die(f"--steps {c.steps}: no memory for a replay of {rows * 64 * 64 * 3 / 1e9:.1f} GB "
+                f"on {device}")
         for demo in demos:
             self.replay.add(demo["image"], demo["action"], demo=True)
 
         self.agent = Agent(c, A, device)
+        self.update = self.agent.clone_update if c.reward == "none" else self.agent.update
         self.round, self.started, self.metrics_bytes = 0, False, 0
         try:
             for folder in ("episodes", "videos"):
@@ -1204,7 +1244,6 @@ class Trainer:
     def play_round(self):
         """One episode of every environment in lockstep; the learner works while they simulate."""
         c, N, T = self.c, self.c.num_envs, self.T
-        learn = self.agent.clone_update if c.reward == "none" else self.agent.update
         if not c.offline:
             images = np.zeros((T + 1, N, 64, 64, 3), np.uint8)
             actions = np.zeros((T + 1, N, self.replay.action.shape[1]), np.float32)
@@ -1215,7 +1254,7 @@ class Trainer:
                 actions[t + 1], carry = self.agent.act(images[t], carry)
                 step_async(self.vec, actions[t + 1])
             for _ in range(self.earned(self.step + N) - self.earned(self.step)):
-                self.learn(learn)
+                self.learn(self.update)
             if not c.offline:
                 images[t + 1], _, _, _, info = step_wait(self.vec)
                 actions[t + 1][info["padded"]] = 0  # the episode was over: this action did nothing
@@ -1239,7 +1278,7 @@ class Trainer:
         """One update, and at log steps its metrics."""
         self.info = update(self.replay)
         if self.agent.updates % self.c.log_every == 0:
-            with torch.random.fork_rng():  # how often one logs must not change what is learned
+            with kept_rng(self.agent.device):  # how often one logs must not change what is learned
                 self.log({**self.info, **self.agent.report(self.replay)})
             for name, count in self.agent.skipped_in_a_row().items():
                 if count >= min(10, self.c.log_every):
@@ -1254,7 +1293,7 @@ class Trainer:
         results, video = rollouts(self.agent, self.vec, self.T, c.eval_episodes, c.seed, EVALUATE,
                                   c.eval_sample)
         save_gif(self.dir / "videos" / f"eval-{self.step:07d}.gif", video)
-        with torch.random.fork_rng():
+        with kept_rng(self.agent.device):
             save_open_loop(self.dir / "videos" / f"openloop-{self.step:07d}.png", self.agent,
                            self.replay)
         means = {f"eval/{key}": float(value.mean()) for key, value in results.items()}
@@ -1370,7 +1409,7 @@ class Trainer:
         if state["round"] > self.rounds:
             die(f"--steps {self.c.steps}: the run in {self.dir} has made "
                 f"{state['round'] * self.per_round} already")
-        self.agent.load_state_dict(state["agent"])
+        load_into(self.agent, state, self.dir)
         self.round, self.started = state["round"], state["started"]
         self.metrics_bytes, self.before = state["metrics_bytes"], state["seconds"]
         self.last_rate = self.before, self.step, self.agent.updates
@@ -1405,8 +1444,17 @@ def load_checkpoint(folder):
             raise ValueError("checksum")
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # zip, pickle and tensor errors of many kinds
-        die(f"{path} cannot be read ({type(error).__name__}); remove it to go back to "
-            f"{path.with_suffix('.prev.pt').name}")
+        back = "" if "prev" in path.name else " to go back to checkpoint.prev.pt"
+        die(f"{path} cannot be read ({type(error).__name__}); remove it{back}")
+
+
+def load_into(agent, state, run):
+    """Give the agent a checkpoint's weights and states; die if they are of other networks."""
+    try:
+        agent.load_state_dict(state["agent"])
+    except (RuntimeError, KeyError, ValueError):
+        die(f"the checkpoint in {run} holds other networks than this version of cmil.py makes "
+            "from its config.json; use the commit named there, or start in another --logdir")
 
 
 def step_async(vec, action):
@@ -1423,16 +1471,18 @@ def step_wait(vec):
 
 def setup_torch(c):
     """Device, threads and number formats of this process -> torch.device."""
-    torch.distributions.Distribution.set_default_validate_args(False)
     if c.device == "cuda" and not torch.cuda.is_available():
         die("--device cuda: torch finds no CUDA device here; use --device cpu")
+    if c.graph == "on" and (c.device == "cpu" or not torch.cuda.is_available()):
+        die("--graph on: graphs need CUDA; use --graph auto")
+    warnings.filterwarnings("ignore", message=".*capturable=True can impair performance")
     device = torch.device(c.device if c.device != "auto" else
                           "cuda" if torch.cuda.is_available() else "cpu")
     if c.threads:
         torch.set_num_threads(c.threads)
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # glibc
         # Else every large tensor is returned to the system and paged in anew by the next: up to a
-        # fifth of a CPU update. -4: M_MMAP_MAX, no mappings of their own; -1: M_TRIM_THRESHOLD, off.
+        # fifth of a CPU update. -4: M_MMAP_MAX, no mappings of their own; -1: M_TRIM_THRESHOLD.
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return device
@@ -1480,6 +1530,11 @@ def parse(argv):
                                 choices=field.metadata["choices"], metavar="X",
                                 help=f"{text} (default: {field.default})")
     args = vars(parser.parse_args(argv))
+    if sum(map(bool, (args["eval"], args["plot"], args["bench"]))) > 1:
+        die("--eval, --plot and --bench are different things to do: give one of them")
+    for option, tool in (("episodes", "eval"), ("video", "eval"), ("out", "plot")):
+        if args[option] != parser.get_default(option) and not args[tool]:
+            die(f"--{option} does nothing without --{tool}")
     explicit = {f.name: args.pop(f.name) for f in dataclasses.fields(Config) if f.name in args}
     return explicit, argparse.Namespace(**args)
 
@@ -1501,9 +1556,10 @@ def make_config(explicit):
     c = Config(**{**overrides, **explicit, "preset": preset, "logdir": str(logdir)})
     check_config(c)
     if stored:
-        differ = [f"{key} (now {value!r}, run {stored.get(key)!r})"
+        stored = {**dataclasses.asdict(Config()), **stored}  # it may be older than some fields
+        differ = [f"{key} (now {value!r}, run {stored[key]!r})"
                   for key, value in dataclasses.asdict(c).items()
-                  if key not in RESUME_MAY_CHANGE and value != stored.get(key)]
+                  if key not in RESUME_MAY_CHANGE and value != stored[key]]
         if differ:
             die(f"{logdir} holds a run with another configuration: {', '.join(differ)}; "
                 f"give another --logdir or the run's own flags")
@@ -1516,9 +1572,11 @@ def read_config(run):
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())["config"]
-    except (ValueError, KeyError):
-        die(f"{path} is not a run's config.json; remove the folder or give another --logdir")
+        stored = json.loads(path.read_text())["config"]
+        Config(**stored)  # no field that is unknown here
+        return stored
+    except (ValueError, KeyError, TypeError):
+        die(f"{path} is not the config.json of a run of this version; give another folder")
 
 
 def check_config(c):
@@ -1535,6 +1593,9 @@ def check_config(c):
     for name in ("gamma", "lam", "kl_balance"):
         if getattr(c, name) > 1:
             die(f"--{name.replace('_', '-')} {getattr(c, name)}: expected a number from 0 to 1")
+    for name, most in (("seed", 2**62), ("threads", 4096)):
+        if getattr(c, name) > most:
+            die(f"--{name} {getattr(c, name)}: expected at most {most}")
     if c.length < 2:
         die(f"--length {c.length}: a window needs at least 2 steps to hold a state-action pair")
     if c.eval_every < 1:
@@ -1557,6 +1618,7 @@ def load_agent(run, explicit=None):
         if name not in EVAL_MAY_CHANGE:
             die(f"--{name.replace('_', '-')} belongs to training: with --eval it cannot change")
     c = Config(**{**stored, "logdir": str(run), **(explicit or {})})
+    check_config(c)
     state = load_checkpoint(pathlib.Path(run))
     if state is None:
         die(f"{run}: the run has not written a checkpoint.pt yet")
@@ -1564,7 +1626,7 @@ def load_agent(run, explicit=None):
     vec = envs.make_vec(c.env, c.num_envs, **env_options(c))
     facts = envs.env_facts(vec)
     agent = Agent(c, facts["action_dim"], device)
-    agent.load_state_dict(state["agent"])
+    load_into(agent, state, run)
     return c, agent, vec, facts["episode_steps"]
 
 
@@ -1574,6 +1636,8 @@ def evaluate_run(run, episodes, video, explicit):
         die(f"--episodes {episodes}: expected 1 or more")
     if video and not pathlib.Path(video).parent.is_dir():
         die(f"--video {video}: there is no folder {pathlib.Path(video).parent}")
+    if video and (pathlib.Path(video).suffix != ".gif" or pathlib.Path(video).is_dir()):
+        die(f"--video {video}: expected the name of a .gif file")
     c, agent, vec, steps = load_agent(run, explicit)
     results, frames = rollouts(agent, vec, steps, episodes, c.seed, FINAL, c.eval_sample)
     vec.close()
@@ -1586,79 +1650,19 @@ def evaluate_run(run, episodes, video, explicit):
         save_gif(video, frames)
 
 
-def bench(explicit):
-    """--bench: updates/s alone, environment steps/s alone, both as in training; one JSON line."""
-    import tempfile
-    folder = tempfile.TemporaryDirectory(prefix="cmil-bench-")
-    c = make_config({**explicit, "logdir": folder.name, "minutes": 0.0})
-    trainer = Trainer(c)
-    agent, vec, replay = trainer.agent, trainer.vec, trainer.replay
-    sync = torch.cuda.synchronize if agent.device.type == "cuda" else (lambda: None)
-
-    def rate(function, seconds=20.0, least=3):
-        function(), sync()                                                  # warm-up
-        start, count = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds or count < least:
-            function(), sync()
-            count += 1
-        return count / (time.perf_counter() - start)
-
-    action = np.zeros((c.num_envs, replay.action.shape[1]), np.float32)
-
-    def simulate():
-        """An episode of every environment, without learning."""
-        vec.reset(seed=0)
-        for _ in range(trainer.T):
-            vec.step(action)
-
-    each = max(1, round(c.train_ratio * c.num_envs))  # updates while the environments take a step
-
-    def both():
-        """Steps of all environments with their updates behind them, as in play_round."""
-        image, carry = vec.reset(seed=0)[0], None
-        for _ in range(trainer.T):
-            action, carry = agent.act(image, carry)
-            step_async(vec, action)
-            for _ in range(each):
-                agent.update(replay)
-            image = step_wait(vec)[0]
-            yield
-
-    updates = rate(lambda: agent.update(replay))
-    steps = rate(simulate, least=1) * trainer.T * c.num_envs
-    rounds = (_ for _ in iter(int, 1) for _ in both())  # both() again and again
-    together = rate(lambda: next(rounds))
-    cuda = agent.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else peak_memory()
-    trainer.close()
-    folder.cleanup()
-    print(json.dumps({"updates_per_s": updates, "seconds_per_update": 1 / updates,
-                      "env_steps_per_s": steps,
-                      "both": {"updates_per_s": together * each,
-                               "env_steps_per_s": together * c.num_envs},
-                      "peak_mem_gb": peak,
-                      "preset": c.preset, "env": c.env, "device": str(agent.device),
-                      "threads": torch.get_num_threads()}))
-
-
-def peak_memory():
-    """Peak resident memory of this process in GiB."""
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def main(argv=None):
     explicit, args = parse(sys.argv[1:] if argv is None else argv)
     import envs
     try:
         if args.eval:
             return evaluate_run(args.eval, args.episodes, args.video, explicit)
+        sys.path.insert(0, str(pathlib.Path(__file__).parent / "results"))
         if args.plot:
-            sys.path.insert(0, str(pathlib.Path(__file__).parent / "results"))
             import figures
             return figures.plot(args.plot, args.out)
         if args.bench:
-            return bench(explicit)
+            import bench
+            return bench.bench(explicit)
         Trainer(make_config(explicit)).run()
     except envs.UserError as error:
         die(error)

@@ -261,15 +261,16 @@ def point_demos(n, seed=0, **options):
 #
 # ONE function, render_state, draws the agent's frames and the demonstrations': a discriminator
 # would soon tell two renderers apart, and learn that instead of the task.
-# What makes it fast without a GPU: no shadow maps, reflections or multisampling, and shapes no finer
-# than 64 pixels can show (a pixel is 2 cm wide in the kitchen). 2x2 samples a pixel cost little,
-# for the time goes into the shapes' corners, and keep the thin gripper clear.
+# What makes it fast without a GPU: no shadow maps, reflections or multisampling, and shapes no
+# finer than 64 pixels can show (a pixel is 2 cm wide in the kitchen). 2x2 samples a pixel cost
+# little, for the time goes into the shapes' corners, and keep the thin gripper clear.
 
 SUPERSAMPLE = 2
 DETAIL = 0.01       # m: corners of a mesh that are nearer than about this become one
 FINE_MESH = 2000    # only meshes of more faces are simplified
+ROUND = {"numslices": 12, "numstacks": 2, "numquads": 1}  # into how many faces other shapes go
 RENDER_STYLE = (f"{SUPERSAMPLE}x{SUPERSAMPLE} samples, no shadows or reflections, float32 qpos, "
-                f"lamp, {DETAIL} m")
+                f"lamp, {DETAIL} m of {FINE_MESH}, {ROUND}")
 
 _screens = {}  # one Screen for each model and camera in this process
 
@@ -321,13 +322,14 @@ def choose_gl(required=True):
                         "(Debian: apt install libegl1 libgl1 libosmesa6)")
 
 
-def simplify_meshes(model, cell):
-    """Merge the corners of each fine mesh within cubes of `cell` metres, in place; for drawing only.
+def simplify_meshes(model, cell, least):
+    """Merge a mesh's corners within cubes of `cell` metres, in place, to draw it faster.
 
-    Of each cube's corners the first stands for all. Faces that lose their area this way, and second
-    copies of a face, go. (The robot's nine links have 134,000 of the kitchen's 140,000 faces.)
+    Only meshes of more than `least` faces and without a texture. Of each cube's corners the first
+    stands for all. Faces that lose their area this way, and second copies of a face, go. (The
+    robot's nine links have 134,000 of the kitchen's 140,000 faces.)
     """
-    for mesh in np.flatnonzero(model.mesh_facenum > FINE_MESH):
+    for mesh in np.flatnonzero((model.mesh_facenum > least) & (model.mesh_texcoordadr < 0)):
         first, number = model.mesh_faceadr[mesh], model.mesh_facenum[mesh]
         start, corners = model.mesh_vertadr[mesh], model.mesh_vertnum[mesh]
         cube = np.floor(model.mesh_vert[start:start + corners] / cell)
@@ -347,10 +349,11 @@ class Screen:
     def __init__(self, model, camera):
         import mujoco
         size, model = IMAGE * SUPERSAMPLE, copy.copy(model)  # the simulation keeps its own shapes
-        simplify_meshes(model, DETAIL)
+        simplify_meshes(model, DETAIL, FINE_MESH)
         quality = model.vis.quality
         quality.offsamples = quality.shadowsize = 0
-        quality.numslices, quality.numstacks, quality.numquads = 12, 2, 1  # of round and flat shapes
+        for name, value in ROUND.items():
+            setattr(quality, name, value)
         model.vis.global_.offwidth = model.vis.global_.offheight = size
         backend = os.environ.get("MUJOCO_GL")
         if backend in ("egl", "osmesa"):  # mujoco may have been imported before this was chosen

@@ -1342,7 +1342,11 @@ def pretend_cuda(monkeypatch, recording):
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {"Stream": lambda device: stream, "current_stream": lambda: stream,
                         "stream": lambda s: contextlib.nullcontext(), "CUDAGraph": PretendGraph,
-                        "graph": recording}.items():
+                        "graph": recording, "set_stream": lambda s: None,
+                        "current_device": lambda: 0,
+                        "default_generators": [types.SimpleNamespace(
+                            clone_state=lambda: 0, graphsafe_set_state=lambda state: None)],
+                        }.items():
         monkeypatch.setattr(torch.cuda, name, value)
 
 
@@ -1354,6 +1358,35 @@ def test_graphed_steps_are_recorded_once_and_replayed(monkeypatch):
                            torch.device("cuda"), "auto")
     assert [graphed("R") for _ in range(6)] == [1, 2, 3, 4, 4, 4]
     assert done == ["R"] * 4 and graphed.graph.replays == 3
+
+
+def test_loading_forgets_recorded_graphs():
+    """A graph holds on to the tensors it was recorded with; loading replaces some of them."""
+    agent, _ = agent_and_replay()
+    before = agent.graphed_clone_step, agent.graphed_gradient_step
+    state = agent.state_dict()
+    for opt in state["opts"].values():
+        opt["adam"]["param_groups"][0]["capturable"] = True      # as written on CUDA
+    agent.load_state_dict(state)
+    assert agent.graphed_clone_step is not before[0]
+    assert agent.graphed_gradient_step is not before[1]
+    assert not any(opt.adam.param_groups[0]["capturable"] for opt in agent.opts.values())
+
+
+@pytest.mark.parametrize("update", ["clone_update", "update"])
+def test_an_update_in_bfloat16(update):
+    """Autocast moves every number of an update a little, and none far; the states stay float32."""
+    infos = []
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        agent, replay = agent_and_replay(precision=precision, free_nats=0.)
+        torch.manual_seed(1)
+        infos.append(getattr(agent, update)(replay))
+    for key in infos[0]:
+        exact, rounded = (float(info[key]) for info in infos)
+        assert rounded == pytest.approx(exact, rel=.1, abs=.05), key
+    assert infos[0]["recon"] != infos[1]["recon"]        # it did make a difference
+    assert all(p.dtype == torch.float32 for p in agent.world.parameters())
 
 
 def test_a_graph_that_cannot_be_recorded(monkeypatch, capsys):
@@ -1372,7 +1405,7 @@ def test_a_graph_that_cannot_be_recorded(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         for i in range(6):
             graphed(i)
-    assert "--graph" in one_error_line(capsys)
+    assert "--graph on" in one_error_line(capsys)
 
 
 @pytest.mark.parametrize("device, mode", [("cpu", "auto"), ("cpu", "on"), ("cuda", "off")])
@@ -1388,11 +1421,13 @@ def test_a_graphed_update_is_the_eager_one():
     states = {}
     for mode in ("on", "off"):
         torch.manual_seed(0)
-        agent, replay = agent_and_replay(device="cuda", graph=mode, precision="float32")
+        agent, replay = agent_and_replay(device="cuda", graph=mode, precision="float32",
+                                         target_every=5)
         torch.manual_seed(1)
         for update in (agent.clone_update, agent.update):
             for _ in range(8):
                 update(replay)
+                agent.report(replay), agent.act(np.zeros((2, 64, 64, 3), np.uint8))
         assert (agent.graphed_gradient_step.graph is not None) == (mode == "on")
         states[mode] = agent.state_dict()
     for name, module in states["on"]["modules"].items():
@@ -1400,6 +1435,19 @@ def test_a_graphed_update_is_the_eager_one():
             torch.testing.assert_close(value, states["off"]["modules"][name][key],
                                        rtol=2e-3, atol=2e-4)
     assert torch.equal(states["on"]["rng_cuda"], states["off"]["rng_cuda"])
+
+
+@needs_cuda
+def test_a_recording_that_fails_spoils_nothing(capsys):
+    """A step that asks for a value cannot be recorded; with auto it goes on, random numbers too."""
+    done = []
+    graphed = cmil.Graphed(lambda replay: done.append(torch.rand(2, device="cuda").sum().item()),
+                           torch.device("cuda"), "auto")
+    for _ in range(6):
+        graphed(None)
+    assert len(done) == 6 and graphed.graph is None
+    assert torch.rand(3, device="cuda").sum().item() > 0
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @needs_cuda
@@ -1814,6 +1862,10 @@ BAD_COMMANDS = [
     ("--env point --demos /no/such/place", "/no/such/place"),
     ("--env point --episode-steps 3", "steps"), ("--eval /no/such/run", "/no/such/run"),
     ("--eval", "--eval"), ("--plot /no/such/run", "/no/such/run"),
+    ("--graph on", "--graph"), ("--seed 100000000000000000000", "seed"),
+    ("--threads 99999999999", "threads"), ("--steps 100000000000", "steps"),
+    ("--episodes 3", "--episodes"), ("--video x.gif", "--video"), ("--out x.png", "--out"),
+    ("--eval x --bench", "--bench"),
 ]
 
 
@@ -1916,7 +1968,9 @@ def test_eval_prints_one_json_line(uninterrupted, tmp_path, capsys):
     assert {path: path.read_bytes() for path in folder.glob("*.*")} == before
 
 
-@pytest.mark.parametrize("words", [["--video", "/no/such/folder/x.gif"], ["--episodes", "0"]])
+@pytest.mark.parametrize("words", [
+    ["--video", "/no/such/folder/x.gif"], ["--video", "x.avi"], ["--episodes", "0"],
+    ["--num-envs", "0"], ["--seed", "-1"], ["--threads", "-1"]])
 def test_eval_mistakes_get_one_line(words, uninterrupted, capsys):
     """A picture that cannot be written, or no episodes at all: exit code 2 and one line."""
     with pytest.raises(SystemExit) as stop:
@@ -1931,22 +1985,42 @@ def test_eval_uses_the_checkpoint(uninterrupted):
     assert steps == 50 and same(agent.state_dict()["modules"], uninterrupted[1]["modules"])
 
 
-@pytest.mark.parametrize("damage", ["no checkpoint", "cut checkpoint", "bad config"])
-def test_eval_of_a_damaged_run(damage, uninterrupted, tmp_path, capsys):
+@pytest.mark.parametrize("damage, named", [
+    ("no checkpoint", "checkpoint.pt"), ("cut checkpoint", "checkpoint.pt"),
+    ("bad config", "config.json"), ("list", "config.json"), ("unknown field", "config.json"),
+    ("other sizes", "other networks")])
+def test_eval_of_a_damaged_run(damage, named, uninterrupted, tmp_path, capsys):
     """A run without a readable checkpoint or config.json gives one line that names the file."""
     run = tmp_path / "run"
     shutil.copytree(uninterrupted[0], run)
     checkpoint = run / "checkpoint.pt"
+    stored = json.loads((run / "config.json").read_text())
     if damage == "no checkpoint":
-        checkpoint.unlink()
+        for file in run.glob("checkpoint*.pt"):
+            file.unlink()
     elif damage == "cut checkpoint":
         checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
-    else:
-        (run / "config.json").write_text("{")
+    elif damage == "other sizes":
+        stored["config"]["deter"] += 1
+    elif damage == "unknown field":
+        stored["config"]["warp"] = 1
+    (run / "config.json").write_text({"bad config": "{", "list": "[]"}.get(
+        damage, json.dumps(stored)))
     with pytest.raises(SystemExit) as stop:
         cmil.main(["--eval", str(run), "--episodes", "1"])
-    assert stop.value.code == 2
-    assert ("config.json" if damage == "bad config" else "checkpoint.pt") in one_error_line(capsys)
+    assert stop.value.code == 2 and named in one_error_line(capsys)
+
+
+def test_a_run_from_before_a_field_resumes(tmp_path, capsys):
+    """A field that config.json does not know had its default."""
+    c = run_config(tmp_path)
+    stored = dataclasses.asdict(c)
+    del stored["reward_noise"]
+    (tmp_path / "config.json").write_text(json.dumps({"config": stored}))
+    assert cmil.make_config(dataclasses.asdict(c)) == c
+    with pytest.raises(SystemExit):
+        cmil.make_config({**dataclasses.asdict(c), "reward_noise": True})
+    assert "reward_noise (now True, run False)" in one_error_line(capsys)
 
 
 def bench(tmp_path, capsys, monkeypatch, looks, *words):
@@ -1957,7 +2031,7 @@ def bench(tmp_path, capsys, monkeypatch, looks, *words):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     cmil.main(["--bench", "--env", "point", "--preset", "debug", "--num-envs", "1",
                "--device", "cpu", *words])
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+    return json.loads(capsys.readouterr().out)           # nothing else is printed there
 
 
 def test_bench(tmp_path, capsys, monkeypatch):
@@ -2091,6 +2165,46 @@ def test_plot_without_matplotlib(tmp_path):
     answer = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert answer.returncode == 2 and answer.stderr.count("\n") == 1
     assert "pip install matplotlib" in answer.stderr
+
+
+# ------------------------------------------------------------------------------------ measuring
+
+
+def script(name):
+    """A script of results/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, HERE / "results" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_profile_counts_an_updates_operations(monkeypatch, capsys):
+    """Its count of a product's and a convolution's operations is 2 x multiplications by hand."""
+    profile = script("profile_update")
+    a, image = torch.randn(3, 5), torch.randn(2, 3, 8, 8)
+    with profile.Count() as count:
+        a @ torch.randn(5, 7)
+        nn.functional.conv2d(image, torch.randn(4, 3, 4, 4), stride=2)   # 3 x 3 outputs
+    assert count.flop == {"matrix products": 2 * 3 * 5 * 7,
+                          "convolutions": 2 * 2 * 4 * 9 * 3 * 16}
+    monkeypatch.setattr(sys, "argv", "profile_update.py --preset debug --device cpu".split())
+    profile.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["seconds_per_update"] > result["floor_seconds"] > 0
+    assert set(result["gflop"]) == {"convolutions", "matrix products"}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no matplotlib")
+def test_scaling_measures_and_draws(monkeypatch, tmp_path, capsys):
+    """A line for every value of every field, and a picture."""
+    scaling = script("scaling")
+    monkeypatch.setattr(scaling, "VALUES", {"horizon": (1, 2), "members": (1, 3)})
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--out", str(tmp_path / "x.png"), "--preset",
+                                      "debug", "--device", "cpu"])
+    scaling.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [list(line)[0] for line in lines] == ["horizon"] * 2 + ["members"] * 2
+    assert all(line["ms"] > 0 for line in lines) and (tmp_path / "x.png").stat().st_size > 5000
 
 
 # ------------------------------------------------------------------------------------ point
@@ -2451,6 +2565,49 @@ def test_kitchen_refuses_bad_actions(bad, kitchen):
 
 
 @needs_kitchen
+def test_the_kitchen_is_registered():
+    """gym.make makes it, options and all."""
+    env = gym.make("cmil/Kitchen-v0", tasks="kettle")
+    image, info = env.reset(seed=0)
+    assert image.shape == (64, 64, 3) and info["tasks"] == () and env.action_space.shape == (9,)
+    env.close()
+
+
+@needs_kitchen
+def test_simple_shapes_look_the_same(kitchen, monkeypatch):
+    """Merged corners and coarse round shapes change few pixels, and the simulation's not at all."""
+    env = kitchen
+    env.reset(seed=0)
+    faces = env.model.mesh_facenum.copy()
+    simple = env.draw(env.data)
+    envs._release(env.model)
+    monkeypatch.setattr(envs, "FINE_MESH", 10**9)
+    monkeypatch.setattr(envs, "ROUND", {})
+    exact = env.draw(env.data)
+    monkeypatch.undo()
+    envs._release(env.model)
+    error = np.abs(simple.astype(int) - exact).max(-1)                   # (64, 64)
+    assert 0 < error.mean() < 2 and (error > 25).mean() < .02
+    assert (env.model.mesh_facenum == faces).all()
+
+
+def test_corners_of_a_mesh_are_merged():
+    """A hand-made strip: two corners of one cube become the first; faces without area and second
+    copies of a face go."""
+    vert = np.array([[0, 0, 0], [1, 0, 0], [.01, .01, 0], [0, 1, 0], [5, 5, 5.]])
+    face = np.array([[0, 1, 3], [0, 2, 3], [2, 1, 3], [1, 3, 4], [9, 9, 9]])
+    model = types.SimpleNamespace(
+        mesh_facenum=np.array([4, 1]), mesh_faceadr=np.array([0, 4]), mesh_vertadr=np.array([0, 5]),
+        mesh_vertnum=np.array([5, 0]), mesh_vert=vert, mesh_face=face.copy(),
+        mesh_facenormal=10 * face, mesh_texcoordadr=np.array([-1, -1]))
+    envs.simplify_meshes(model, .1, least=3)
+    assert model.mesh_facenum.tolist() == [2, 1]
+    assert model.mesh_face[:2].tolist() == [[0, 1, 3], [1, 3, 4]]
+    assert model.mesh_facenormal[:2].tolist() == [[0, 10, 30], [10, 30, 40]]
+    assert model.mesh_face[4].tolist() == [9, 9, 9]      # of another mesh
+
+
+@needs_kitchen
 def test_drawing_does_not_disturb_the_physics(kitchen, monkeypatch):
     """The same actions with and without drawing give the same qpos, bit for bit."""
     finals = []
@@ -2658,3 +2815,12 @@ def test_lines_named_in_the_readme():
     assert len(links) > 20
     wrong = [(text, line) for text, line in links if text not in source[int(line) - 1]]
     assert not wrong
+
+
+def test_the_readme_explains_what_is_logged(uninterrupted):
+    """Each name in metrics.jsonl has its row in the table (grad/* stands for all of them)."""
+    text = (HERE / "README.md").read_text()
+    names = {name for line in metrics(uninterrupted[0], clock=()) for name in line}
+    assert {"recon", "eval/success", "grad/actor", "ups"} <= names
+    assert not [name for name in names
+                if f"`{'grad/*' if name.startswith('grad/') else name}`" not in text]

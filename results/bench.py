@@ -1,0 +1,74 @@
+"""What `python cmil.py --bench` does: updates, environment steps and both a second; one JSON line."""
+import contextlib
+import json
+import resource
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+
+import cmil
+
+
+def bench(explicit):
+    """--bench: updates/s alone, environment steps/s alone, both as in training; one JSON line."""
+    folder = tempfile.TemporaryDirectory(prefix="cmil-bench-")
+    c = cmil.make_config({**explicit, "logdir": folder.name, "minutes": 0.0})
+    with contextlib.redirect_stdout(sys.stderr):  # the one line is for stdout
+        trainer = cmil.Trainer(c)
+    agent, vec, replay = trainer.agent, trainer.vec, trainer.replay
+    update = trainer.update
+    sync = torch.cuda.synchronize if agent.device.type == "cuda" else (lambda: None)
+
+    def rate(function, seconds=20.0, least=3):
+        for _ in range(1 if agent.device.type == "cpu" else cmil.Graphed.WARM_UP + 1):
+            function(), sync()
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds or count < least:
+            function(), sync()
+            count += 1
+        return count / (time.perf_counter() - start)
+
+    action = np.zeros((c.num_envs, replay.action.shape[1]), np.float32)
+
+    def simulate():
+        """An episode of every environment, without learning."""
+        vec.reset(seed=0)
+        for _ in range(trainer.T):
+            vec.step(action)
+
+    each = max(1, round(c.train_ratio * c.num_envs))  # updates while the environments take a step
+
+    def both():
+        """Steps of all environments with their updates behind them, as in play_round."""
+        image, carry = vec.reset(seed=0)[0], None
+        for _ in range(trainer.T):
+            action, carry = agent.act(image, carry)
+            cmil.step_async(vec, action)
+            for _ in range(each):
+                update(replay)
+            image = cmil.step_wait(vec)[0]
+            yield
+
+    updates = rate(lambda: update(replay))
+    steps = rate(simulate, least=1) * trainer.T * c.num_envs
+    rounds = (_ for _ in iter(int, 1) for _ in both())  # both() again and again
+    together = rate(lambda: next(rounds))
+    cuda = agent.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else peak_memory()
+    trainer.close()
+    folder.cleanup()
+    print(json.dumps({"updates_per_s": updates, "seconds_per_update": 1 / updates,
+                      "env_steps_per_s": steps,
+                      "both": {"updates_per_s": together * each,
+                               "env_steps_per_s": together * c.num_envs},
+                      "peak_mem_gb": peak,
+                      "preset": c.preset, "env": c.env, "device": str(agent.device),
+                      "threads": torch.get_num_threads()}))
+
+
+def peak_memory():
+    """Peak resident memory of this process in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
