@@ -1656,7 +1656,8 @@ def main(argv=None):
     try:
         if args.eval:
             return evaluate_run(args.eval, args.episodes, args.video, explicit)
-        sys.path.insert(0, str(pathlib.Path(__file__).parent / "results"))
+        if args.plot or args.bench:
+            sys.path.insert(0, str(pathlib.Path(__file__).parent / "results"))
         if args.plot:
             import figures
             return figures.plot(args.plot, args.out)
