@@ -1,4 +1,4 @@
-"""What `python cmil.py --bench` does: updates, environment steps and both a second; one JSON line."""
+"""What `python cmil.py --bench` does: updates, environment steps, both a second; one JSON line."""
 import contextlib
 import json
 import resource
