@@ -726,11 +726,11 @@ class Optimizer:
 
     def __init__(self, module, lr, c):
         self.params = list(module.parameters())
-        self.clip = c.clip
+        self.clip, self.capturable = c.clip, self.params[0].is_cuda and c.graph != "off"
         # AdamW multiplies weights by 1 - lr * weight_decay; the method wants 1 - c.weight_decay.
         self.adam = torch.optim.AdamW(self.params, lr, eps=c.adam_eps, fused=True,
                                       weight_decay=c.weight_decay / lr,
-                                      capturable=self.params[0].is_cuda and c.graph != "off")
+                                      capturable=self.capturable)
         self.skipped = torch.zeros((), device=self.params[0].device)      # in all
         self.skipped_now = torch.zeros_like(self.skipped)                 # in a row
 
@@ -998,7 +998,7 @@ class Agent:
         for name, saved in state["opts"].items():
             self.opts[name].adam.load_state_dict(saved["adam"])
             for group in self.opts[name].adam.param_groups:  # it may come from another device
-                group["capturable"] = self.opts[name].params[0].is_cuda and self.c.graph != "off"
+                group["capturable"] = self.opts[name].capturable
             self.opts[name].skipped.copy_(saved["skipped"])
             self.opts[name].skipped_now.copy_(saved["skipped_now"])
         self.updates = state["updates"]
