@@ -345,7 +345,7 @@ class Encoder(nn.Module):
         super().__init__()
         channels = [3, depth, 2 * depth, 4 * depth, 8 * depth]
         self.layers = nn.Sequential(*(m for i, o in zip(channels, channels[1:])
-                                      for m in (nn.Conv2d(i, o, 4, 2), nn.ELU())))
+                                      for m in (nn.Conv2d(i, o, 4, 2), nn.ELU(inplace=True))))
         self.layers.to(memory_format=torch.channels_last)  # as to_float lays out the image
         self.size = 32 * depth  # E
 
@@ -368,8 +368,8 @@ class Decoder(nn.Module):
         self.input = nn.Sequential(nn.Linear(feat, 32 * depth),
                                    nn.Linear(32 * depth, 5 * 5 * 4 * depth), nn.ELU())
         self.layers = nn.Sequential(
-            nn.ConvTranspose2d(4 * depth, 2 * depth, 5, 2), nn.ELU(),
-            nn.ConvTranspose2d(2 * depth, depth, 6, 2), nn.ELU(),
+            nn.ConvTranspose2d(4 * depth, 2 * depth, 5, 2), nn.ELU(inplace=True),
+            nn.ConvTranspose2d(2 * depth, depth, 6, 2), nn.ELU(inplace=True),
             nn.Conv2d(depth, 2 * 2 * 3, 3, padding=2)).to(memory_format=torch.channels_last)
 
     def forward(self, feat):

@@ -20,7 +20,8 @@ def bench(explicit):
         trainer = cmil.Trainer(c)
     agent, vec, replay = trainer.agent, trainer.vec, trainer.replay
     update = trainer.update
-    sync = torch.cuda.synchronize if agent.device.type == "cuda" else (lambda: None)
+    replay.image[replay.rows:] = 0  # all of it: untouched memory would not count in peak_mem_gb
+    sync = waiter(agent.device)
 
     def rate(function, seconds=20.0, least=3):
         for _ in range(1 if agent.device.type == "cpu" else cmil.Graphed.WARM_UP + 1):
@@ -67,6 +68,35 @@ def bench(explicit):
                       "peak_mem_gb": peak,
                       "preset": c.preset, "env": c.env, "device": str(agent.device),
                       "threads": torch.get_num_threads()}))
+
+
+def waiter(device):
+    """A function that returns once the device has done all that was asked of it."""
+    return torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+
+
+def agent_on_noise(c, actions=9):
+    """An agent and a replay of random frames, without any environment: an update's cost does not
+    depend on the data. -> Agent, Replay"""
+    device = cmil.setup_torch(c)
+    torch.manual_seed(0)
+    agent, replay = cmil.Agent(c, actions, device), cmil.Replay(2000, c.length, actions, device)
+    for i in range(5):
+        replay.add(torch.randint(256, (300, 64, 64, 3), dtype=torch.uint8),
+                   torch.rand(300, actions) * 2 - 1, demo=i < 2)
+    return agent, replay
+
+
+def median_seconds(agent, replay, updates, warm_up=2):
+    """Median wall time of an update, after some that warm it up."""
+    times, sync = [], waiter(agent.device)
+    for _ in range(warm_up + updates):
+        sync()
+        start = time.perf_counter()
+        agent.update(replay)
+        sync()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[warm_up:]))
 
 
 def peak_memory():

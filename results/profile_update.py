@@ -2,7 +2,6 @@
 
     python results/profile_update.py --preset paper [any other flag of cmil.py]
 
-Runs on random frames, so it needs no environment: the update's cost does not depend on the data.
 The floor: the update's multiplications and additions at the rate of one large matrix product here.
 """
 import collections
@@ -15,7 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path[:0] = map(str, pathlib.Path(__file__).parents[:2])
+import bench  # noqa: E402
 import cmil  # noqa: E402
 
 # Kind of operation -> what its name contains; the first that fits counts.
@@ -46,8 +46,7 @@ def peak(dtype, device, size=2048):
     for _ in range(6):
         start = time.perf_counter()
         a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        bench.waiter(device)()
         best = max(best, 2 * size ** 3 / (time.perf_counter() - start))
     return best
 
@@ -55,35 +54,32 @@ def peak(dtype, device, size=2048):
 def main():
     explicit, _ = cmil.parse(sys.argv[1:])
     c = cmil.make_config({"logdir": "unused", **explicit})
-    device = cmil.setup_torch(c)
-    torch.manual_seed(0)
-    actions = 9
-    agent, replay = cmil.Agent(c, actions, device), cmil.Replay(2000, c.length, actions, device)
-    for i in range(5):
-        replay.add(torch.randint(256, (300, 64, 64, 3), dtype=torch.uint8),
-                   torch.rand(300, actions) * 2 - 1, demo=i < 2)
+    agent, replay = bench.agent_on_noise(c)
+    cuda = agent.device.type == "cuda"
     with Count() as count:                                                  # warm-up too
+        agent.gradient_step(replay)
+    median = bench.median_seconds(agent, replay, 3 if c.preset == "paper" else 15,
+                                  warm_up=cmil.Graphed.WARM_UP + 1 if cuda else 0)
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as profile:
         agent.update(replay)
-    plain = []
-    for _ in range(3 if c.preset == "paper" else 15):
-        start = time.perf_counter()
-        agent.update(replay)
-        plain.append(time.perf_counter() - start)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        agent.update(replay)
+        bench.waiter(agent.device)()
     seconds = dict.fromkeys([*KINDS, "element by element and the rest"], 0.0)
     for event in profile.key_averages():
         kind = next((k for k, parts in KINDS.items() if any(p in event.key.lower() for p in parts)),
                     "element by element and the rest")
-        seconds[kind] += event.self_cpu_time_total / 1e6
+        seconds[kind] += (event.self_device_time_total if cuda
+                          else event.self_cpu_time_total) / 1e6
     total = sum(seconds.values())
     for kind, value in sorted(seconds.items(), key=lambda item: -item[1]):
         print(f"{kind:34s} {value:7.3f} s  {value / total:5.0%}")
-    dtype = torch.bfloat16 if c.precision == "bfloat16" else torch.float32
-    rate, flop = peak(dtype, device), sum(count.flop.values())
+    with agent.autocast():
+        dtype = torch.get_autocast_dtype(agent.device.type) if torch.is_autocast_enabled(
+            agent.device.type) else torch.float32
+    rate, flop = peak(dtype, agent.device), sum(count.flop.values())
     print(json.dumps({
         "preset": c.preset, "precision": c.precision, "threads": torch.get_num_threads(),
-        "seconds_per_update": round(sorted(plain)[len(plain) // 2], 4),
+        "seconds_per_update": round(median, 4),
         "floor_seconds": round(flop / rate, 4), "operations": count.calls,
         "gflop": {kind: round(n / 1e9, 2) for kind, n in count.flop.items()},
         "gflop_per_s_of_a_product": round(rate / 1e9)}))

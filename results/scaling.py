@@ -2,39 +2,20 @@
 
     python results/scaling.py --out results/scaling.png [--preset small ... any flag of cmil.py]
 
-One JSON line a point. Random frames: the update's cost does not depend on the data.
+One JSON line a point.
 """
 import json
 import pathlib
 import sys
-import time
 
 import numpy as np
-import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path[:0] = map(str, pathlib.Path(__file__).parents[:2])
+import bench  # noqa: E402
 import cmil  # noqa: E402
 
 VALUES = {"members": (2, 5, 10, 20, 40), "horizon": (4, 8, 16, 32), "batch": (4, 8, 16, 32),
           "length": (8, 16, 32, 64), "deter": (64, 128, 256, 512, 1024)}
-
-
-def seconds_per_update(c, updates=7):
-    """Median wall time of an update of this config, after two that warm it up."""
-    device, actions = cmil.setup_torch(c), 9
-    torch.manual_seed(0)
-    agent, replay = cmil.Agent(c, actions, device), cmil.Replay(1000, c.length, actions, device)
-    for i in range(3):
-        replay.add(torch.randint(256, (300, 64, 64, 3), dtype=torch.uint8),
-                   torch.rand(300, actions) * 2 - 1, demo=i < 2)
-    times = []
-    for _ in range(updates + 2):
-        start = time.perf_counter()
-        agent.update(replay)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[2:]))
 
 
 def draw(points, out):
@@ -65,7 +46,7 @@ def main():
     for field, values in VALUES.items():
         for value in values:
             c = cmil.make_config({**base, field: value})
-            points[field, value] = seconds_per_update(c)
+            points[field, value] = bench.median_seconds(*bench.agent_on_noise(c), updates=7)
             print(json.dumps({field: value, "ms": round(1000 * points[field, value], 1)}),
                   flush=True)
     draw(points, out)
