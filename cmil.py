@@ -139,6 +139,7 @@ class Config:
     offline: bool = opt(False, "never act: as many updates as an online run, from the demos alone")
     # Losses
     free_nats: float = opt(1.0, "KL below this is free (after the mean over batch and time) [D2]")
+    image_std: float = opt(1.0, "std of p(x|s) [P1]: the smaller, the more the image weighs [D2: 1]")
     kl_balance: float = opt(0.8, "share of the KL that trains the prior [D2]")
     reward: str = opt("logit", "[P10] logit; sigmoid as in [C]; none: cloning only, no adversary",
                       ("logit", "sigmoid", "none"))
@@ -551,13 +552,13 @@ def world_model_loss(world, image, post, c):
     prior      T_i(s0)   T_j(s1)   T_k(s2)      heads i, j, k drawn anew; deter_t knows a_{t-1}
     """
     error = torch.linalg.vector_norm(world.decoder(post.feat) - image, dim=(-3, -2, -1))  # (L, B)
-    recon = 0.5 * error.square().mean()  # -log p(x|s), unit variance, without its constant
+    recon = 0.5 * error.square().mean()  # -log p(x|s) of unit variance, without its constant
     mean, std = world.rssm.drawn_prior(post.deter)
     to_post = kl_normal(post.mean, post.std, mean.detach(), std.detach()).mean()
     to_prior = kl_normal(post.mean.detach(), post.std.detach(), mean, std).mean()
     kl = ((1 - c.kl_balance) * to_post.clamp(min=c.free_nats)
           + c.kl_balance * to_prior.clamp(min=c.free_nats))
-    return recon + kl, {"recon": recon, "kl": to_prior}
+    return recon / c.image_std**2 + kl, {"recon": recon, "kl": to_prior}
 
 
 # ------------------------------------------------------------------------------------------------

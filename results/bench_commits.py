@@ -29,7 +29,8 @@ def main():
                                      stdout=subprocess.PIPE, text=True, check=True).stdout
             finally:
                 git("worktree", "remove", "--force", folder)
-        print(json.dumps({"commit": commit, "flags": " ".join(flags), **json.loads(out.splitlines()[-1])}),
+        line = json.loads(out.splitlines()[-1])
+        print(json.dumps({"commit": commit, "flags": " ".join(flags), **line}),
               flush=True)
 
 

@@ -2,7 +2,8 @@
 
     python results/profile_update.py --preset paper [any other flag of cmil.py]
 
-The floor: the update's multiplications and additions at the rate of one large matrix product here.
+The floor: the multiplications and additions of the update's products and convolutions at the rate of one
+large matrix product here, and the bytes of everything else at the rate of one large copy.
 """
 import collections
 import json
@@ -25,11 +26,12 @@ KINDS = {"convolutions": ("conv",), "matrix products": ("mm", "linear"),
 
 
 class Count(TorchDispatchMode):
-    """Counts operations, and the floating-point operations of products and convolutions."""
+    """Counts operations; the floating-point operations of products and convolutions; and the bytes
+    that all others read and write (views: none)."""
 
     def __init__(self):
         super().__init__()
-        self.calls, self.flop = 0, collections.Counter()
+        self.calls, self.bytes, self.flop = 0, 0, collections.Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out, name = function(*args, **(kwargs or {})), function._overloadpacket
@@ -37,6 +39,9 @@ class Count(TorchDispatchMode):
         if name in flop_registry:
             kind = "convolutions" if "conv" in str(name) else "matrix products"
             self.flop[kind] += flop_registry[name](*args, **(kwargs or {}), out_val=out)
+        elif not function.is_view:
+            tensors = torch.utils._pytree.tree_leaves((args, kwargs, out))
+            self.bytes += sum(x.nbytes for x in tensors if torch.is_tensor(x))
         return out
 
 
@@ -48,6 +53,18 @@ def peak(dtype, device, size=2048):
         a @ a
         bench.waiter(device)()
         best = max(best, 2 * size ** 3 / (time.perf_counter() - start))
+    return best
+
+
+def bandwidth(device, size=2**28):
+    """Bytes a second read and written by copying a large tensor: best of five."""
+    a, best = torch.ones(size, dtype=torch.uint8, device=device), 0
+    b = a.clone()
+    for _ in range(6):
+        start = time.perf_counter()
+        b.copy_(a)
+        bench.waiter(device)()
+        best = max(best, 2 * size / (time.perf_counter() - start))
     return best
 
 
@@ -77,12 +94,15 @@ def main():
         dtype = torch.get_autocast_dtype(agent.device.type) if torch.is_autocast_enabled(
             agent.device.type) else torch.float32
     rate, flop = peak(dtype, agent.device), sum(count.flop.values())
+    speed = bandwidth(agent.device)
     print(json.dumps({
         "preset": c.preset, "precision": c.precision, "threads": torch.get_num_threads(),
         "seconds_per_update": round(median, 4),
-        "floor_seconds": round(flop / rate, 4), "operations": count.calls,
+        "floor_seconds": round(flop / rate + count.bytes / speed, 4),
+        "of_which_bytes": round(count.bytes / speed, 4), "operations": count.calls,
         "gflop": {kind: round(n / 1e9, 2) for kind, n in count.flop.items()},
-        "gflop_per_s_of_a_product": round(rate / 1e9)}))
+        "gflop_per_s_of_a_product": round(rate / 1e9), "gbyte": round(count.bytes / 1e9, 2),
+        "gbyte_per_s_of_a_copy": round(speed / 1e9, 1)}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,98 @@
+"""What the latent state knows of the scene: learn the start of a run, then read the scene from feat.
+
+    python results/sight.py --variants "" "--free-nats 3" "--conv-depth 16" [any flag of cmil.py]
+
+For each variant: `--updates` updates of the start (world model and cloning) on all demonstrations
+but the last two, then a ridge regression from feat to the simulator's positions. One JSON line each,
+measured on those last two, which nothing was fitted to: the error in the arm's joints (rad), the
+fingers (mm), each object's joint or the kettle's place as a share of its own spread (0: known, 1:
+nothing known), the cloning loss, and the pictures' error where they move and where they do not.
+"""
+import argparse
+import json
+import pathlib
+import shlex
+import sys
+import time
+
+import numpy as np
+import torch
+
+sys.path[:0] = map(str, pathlib.Path(__file__).parents[:2])
+import cmil  # noqa: E402
+import envs  # noqa: E402
+
+PARTS = {"arm": slice(0, 7), "fingers": slice(7, 9), "light": [17], "slide": [19],
+         "microwave": [22], "kettle": slice(23, 26)}        # where qpos has them
+HELD_OUT = 2
+
+
+def ridge(feat, target, strength=1.0):
+    """Linear map with intercept from feat (n, F) to target (n, k), as a function."""
+    mean, scale = feat.mean(0), feat.std(0) + 1e-6
+    x = np.c_[(feat - mean) / scale, np.ones(len(feat))]
+    penalty = strength * np.eye(x.shape[1])
+    penalty[-1, -1] = 0
+    weight = np.linalg.solve(x.T @ x + penalty, x.T @ target)
+    return lambda f: np.c_[(f - mean) / scale, np.ones(len(f))] @ weight
+
+
+@torch.no_grad()
+def look(agent, demos):
+    """Filter whole episodes -> feat (T+1, n, F), image, action (T+1, n, ...), prediction."""
+    image = torch.as_tensor(np.stack([d["image"] for d in demos], 1))
+    action = torch.as_tensor(np.stack([d["action"] for d in demos], 1))
+    post = agent.world.rssm.observe(agent.world.encoder(cmil.to_float(image)), action)
+    return post.feat, cmil.to_float(image), action, agent.world.decoder(post.feat)
+
+
+def measure(c, updates, demos, qpos):
+    device = cmil.setup_torch(c)
+    torch.manual_seed(c.seed)
+    agent = cmil.Agent(c, demos[0]["action"].shape[1], device)
+    fit, held = demos[:-HELD_OUT], demos[-HELD_OUT:]
+    replay = cmil.Replay(sum(len(d["image"]) for d in fit), c.length, agent.actor.layers[-1]
+                         .out_features // 2, device)
+    for demo in fit:
+        replay.add(demo["image"], demo["action"], demo=True)
+    start = time.perf_counter()
+    for _ in range(updates):
+        agent.clone_update(replay)
+    seconds = (time.perf_counter() - start) / updates
+    feat, *_ = look(agent, fit)
+    read = ridge(feat.flatten(0, 1).numpy(), qpos[:, :-HELD_OUT].reshape(-1, qpos.shape[-1]))
+    feat, image, action, predicted = look(agent, held)
+    truth = qpos[:, -HELD_OUT:].reshape(-1, qpos.shape[-1])
+    error = read(feat.flatten(0, 1).numpy()) - truth
+    rms = {part: float(np.sqrt(np.square(error[:, at]).mean())) for part, at in PARTS.items()}
+    for part in ("light", "slide", "microwave", "kettle"):
+        rms[part] /= float(truth[:, PARTS[part]].std(0).max())
+    rms["fingers"] *= 1000
+    moves = (image - image.median(0).values).abs().amax(2, keepdim=True) > 0.1  # (T+1, n, 1, 64, 64)
+    squared = (predicted - image).square().mean(2, keepdim=True)
+    with torch.no_grad():
+        bc = float(cmil.clone_loss(agent.actor, feat, action))
+    return {**{k: round(v, 4) for k, v in rms.items()}, "bc": round(bc, 3),
+            "rms_moving": round(float(squared[moves].mean().sqrt()), 4),
+            "rms_still": round(float(squared[~moves].mean().sqrt()), 4),
+            "ms_per_update": round(1000 * seconds)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--variants", nargs="+", default=[""])
+    parser.add_argument("--updates", type=int, default=1500)
+    args, flags = parser.parse_known_args()
+    base = ["--env", "kitchen", "--preset", "small", "--algo", "dbc", "--logdir", "unused", *flags]
+    with np.load(pathlib.Path(cmil.__file__).parent / "demos" / "kitchen.npz") as stored:
+        qpos = stored["qpos"].astype(np.float64)
+    demos = None
+    for variant in args.variants:
+        c = cmil.make_config(cmil.parse(base + shlex.split(variant))[0])
+        demos = demos or envs.load_demos("", "kitchen", **cmil.env_options(c))
+        rows = qpos[:, :len(demos[0]["image"])].swapaxes(0, 1)               # (T+1, demos, nq)
+        print(json.dumps({"variant": variant, **measure(c, args.updates, demos, rows)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

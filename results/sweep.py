@@ -1,0 +1,84 @@
+"""One factor at a time: a run for every variant and seed, and one table of what came of them.
+
+    python results/sweep.py --out runs/sweep --seeds 0 1 --variants "" "--sigma 0.5" "--alpha 1" \\
+        -- --env kitchen --tasks microwave --threads 1 [any flag of cmil.py, for all of them]
+
+A variant is what it adds to the flags after --. Runs that are complete are not made again, an interrupted
+one goes on, so that the same command resumes a sweep; --table only prints what is there.
+"""
+import argparse
+import concurrent.futures
+import json
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+
+CMIL = pathlib.Path(__file__).parents[1] / "cmil.py"
+# Learning signals shown beside the outcome: the mean over the last fifth of a run's metrics.
+SHOWN = ("recon", "kl", "bc", "reward", "reward_std", "disc/logit_expert", "disc/logit_policy",
+         "entropy", "critic/model", "uncertainty", "uncertainty_expert")
+
+
+def folder_of(out, variant, seed):
+    name = re.sub(r"[^\w.]+", "-", variant).strip("-") or "base"
+    return pathlib.Path(out) / f"{name}-s{seed}"
+
+
+def train_and_evaluate(out, variant, seed, flags, episodes):
+    """One run to its end, then its final evaluation, kept as eval.json beside its metrics."""
+    run = folder_of(out, variant, seed)
+    if (run / "eval.json").exists():
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    cmil = [sys.executable, str(CMIL)]
+    with open(run / "log.txt", "a") as log:
+        subprocess.run([*cmil, *flags, *shlex.split(variant), "--seed", str(seed), "--logdir",
+                        str(run)], stdout=log, stderr=log, check=True)
+        text = subprocess.run([*cmil, "--eval", str(run), "--episodes", str(episodes)],
+                              stdout=subprocess.PIPE, stderr=log, text=True, check=True).stdout
+    (run / "eval.json").write_text(text)
+
+
+def row(run):
+    """A run's evaluations in order, its final one, and its learning signals -> dict."""
+    lines = [json.loads(line) for line in open(run / "metrics.jsonl")]
+    curve = [line["eval/tasks"] for line in lines if "eval/tasks" in line]
+    learned = [line for line in lines if "recon" in line]
+    last = learned[-max(1, len(learned) // 5):]
+    out = {"run": run.name, "tasks": curve}
+    if (run / "eval.json").exists():
+        final = json.loads((run / "eval.json").read_text())
+        out["final"] = {"success": final["success"], "tasks": final["tasks"]}
+    out["update"] = lines[-1]["update"]
+    out["minutes"] = round(lines[-1]["time"] / 60, 1)
+    return {**out, **{key: round(float(np.mean([line[key] for line in last])), 3)
+                      for key in SHOWN if key in last[-1]}}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--variants", nargs="+", default=[""])
+    parser.add_argument("--episodes", type=int, default=20, help="of each final evaluation")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    argv = sys.argv[1:]
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args, flags = parser.parse_args(argv[:cut]), argv[cut + 1:]
+    if not args.table:
+        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+            jobs = [pool.submit(train_and_evaluate, args.out, variant, seed, flags, args.episodes)
+                    for variant in args.variants for seed in args.seeds]
+            for job in jobs:
+                job.result()
+    for metrics in sorted(pathlib.Path(args.out).glob("*/metrics.jsonl")):
+        print(json.dumps(row(metrics.parent)))
+
+
+if __name__ == "__main__":
+    main()
