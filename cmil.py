@@ -139,7 +139,7 @@ class Config:
     offline: bool = opt(False, "never act: as many updates as an online run, from the demos alone")
     # Losses
     free_nats: float = opt(1.0, "KL below this is free (after the mean over batch and time) [D2]")
-    image_std: float = opt(1.0, "std of p(x|s) [P1]: the smaller, the more the image weighs [D2: 1]")
+    image_std: float = opt(1.0, "std of p(x|s) [P1]; smaller: the image weighs more [D2: 1]")
     kl_balance: float = opt(0.8, "share of the KL that trains the prior [D2]")
     reward: str = opt("logit", "[P10] logit; sigmoid as in [C]; none: cloning only, no adversary",
                       ("logit", "sigmoid", "none"))

@@ -414,8 +414,8 @@ def test_encoder_and_decoder_shapes(depth):
 
 
 def test_the_decoder_is_four_transposed_convolutions():
-    """Its matrix product is nn.ConvTranspose2d with kernel 5 on a 1x1 map; its last convolution, one
-    with kernel 6 and stride 2. Oracle: those two, with the same weights put in their places."""
+    """Its matrix product is nn.ConvTranspose2d with kernel 5 on a 1x1 map; its last convolution,
+    one with kernel 6 and stride 2. Oracle: those two, with the same weights put in their places."""
     torch.manual_seed(0)
     decoder, feat = cmil.initialize(cmil.Decoder(2, 10)), torch.randn(7, 10)
     for parameter in decoder.parameters():
@@ -1962,7 +1962,7 @@ def test_eval_prints_one_json_line(uninterrupted, tmp_path, capsys):
     assert answers[0]["episodes"] == 3 and answers[0] == answers[1]
     low, high = answers[0]["success_ci95"]
     assert 0 <= low <= answers[0]["success"] <= high <= 1
-    with Image.open(tmp_path / "x.gif") as gif:          # equal neighbours are stored as one, longer
+    with Image.open(tmp_path / "x.gif") as gif:      # equal neighbours are stored as one, longer
         shown = sum(frame.info["duration"] for frame in ImageSequence.Iterator(gif)) / 1000
         assert gif.size == (256, 256) and 1 < gif.n_frames <= 51
     assert shown == pytest.approx(51 / 12, rel=.05)      # seconds
@@ -2188,6 +2188,9 @@ def test_profile_counts_an_updates_operations(monkeypatch, capsys):
         nn.functional.conv2d(image, torch.randn(4, 3, 4, 4), stride=2)   # 3 x 3 outputs
     assert count.flop == {"matrix products": 2 * 3 * 5 * 7,
                           "convolutions": 2 * 2 * 4 * 9 * 3 * 16}
+    with profile.Count() as count:
+        a.t() + a[0, 0]                              # of 15, 1 and 15 floats; the views: nothing
+    assert count.bytes == 4 * (15 + 1 + 15) and not count.flop
     monkeypatch.setattr(sys, "argv", "profile_update.py --preset debug --device cpu".split())
     profile.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -2206,6 +2209,67 @@ def test_scaling_measures_and_draws(monkeypatch, tmp_path, capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [list(line)[0] for line in lines] == ["horizon"] * 2 + ["members"] * 2
     assert all(line["ms"] > 0 for line in lines) and (tmp_path / "x.png").stat().st_size > 5000
+
+
+def test_bench_at_commits(monkeypatch, capsys, tmp_path):
+    """One line a commit, with its name, from a checkout of that commit that is removed after."""
+    commits = script("bench_commits")
+    seen = []
+
+    def run(command, cwd=None, **options):
+        if command[0] == "git":
+            return subprocess.CompletedProcess(command, 0, stdout="abc1234\n")
+        seen.append((command[1:], cwd))
+        return subprocess.CompletedProcess(command, 0, stdout='noise\n{"updates_per_s": 2}\n')
+    monkeypatch.setattr(commits.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["bench_commits.py", "abc,HEAD", "--env", "point"])
+    commits.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [{"commit": "abc1234", "flags": "--env point", "updates_per_s": 2}] * 2
+    assert [words for words, _ in seen] == [["cmil.py", "--bench", "--env", "point"]] * 2
+    assert not any(Path(folder).exists() for _, folder in seen)
+
+
+def test_sweep_runs_each_variant_once(monkeypatch, capsys, tmp_path):
+    """A run and a final evaluation for every variant and seed; the same command makes none anew."""
+    sweep = script("sweep")
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--out", str(tmp_path), "--seeds", "3",
+                                      "--variants", "", "--sigma 0.5", "--episodes", "2", "--",
+                                      "--env", "point", "--preset", "debug", "--steps", "200",
+                                      "--device", "cpu", "--threads", "1"])
+    sweep.main()
+    rows = {row["run"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert set(rows) == {"base-s3", "sigma-0.5-s3"}
+    for name, sigma in (("base-s3", math.sqrt(2.5)), ("sigma-0.5-s3", 0.5)):
+        config = json.loads((tmp_path / name / "config.json").read_text())["config"]
+        assert config["sigma"] == sigma and config["seed"] == 3
+        evaluations = [line["eval/tasks"] for line in metrics(tmp_path / name)
+                       if "eval/tasks" in line]
+        assert rows[name]["tasks"] == evaluations and rows[name]["final"]["success"] >= 0
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
+    sweep.main()
+    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")
+                      if file.is_file()}
+    learned = [line["recon"] for line in metrics(tmp_path / "base-s3") if "recon" in line]
+    last = learned[-max(1, len(learned) // 5):]
+    assert rows["base-s3"]["recon"] == pytest.approx(np.mean(last), abs=1e-3)
+
+
+def test_sight_reads_what_is_there(monkeypatch):
+    """The ridge regression finds a linear map; what feat does not hold stays unknown."""
+    sight, rng = script("sight"), np.random.default_rng(0)
+    feat, hidden = rng.normal(size=(500, 6)), rng.normal(size=(500, 1))
+    target = np.c_[feat @ rng.normal(size=(6, 2)) + 3, hidden]
+    error = sight.ridge(feat[:400], target[:400])(feat[400:]) - target[400:]
+    assert np.abs(error[:, :2]).max() < 0.05
+    assert error[:, 2].std() == pytest.approx(hidden[400:].std(), rel=0.1)
+    c = cmil.make_config(dict(env="kitchen", preset="debug", algo="dbc", logdir="unused",
+                              device="cpu"))
+    demos = [{"image": rng.integers(0, 255, (30, 64, 64, 3), np.uint8),
+              "action": rng.uniform(-1, 1, (30, 9)).astype(np.float32)} for _ in range(4)]
+    found = sight.measure(c, 2, demos, rng.normal(size=(30, 4, 30)))
+    assert found["microwave"] > 0.5                      # noise cannot be read
+    assert all(np.isfinite(value) for value in found.values())
 
 
 # ------------------------------------------------------------------------------------ point

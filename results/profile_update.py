@@ -2,8 +2,8 @@
 
     python results/profile_update.py --preset paper [any other flag of cmil.py]
 
-The floor: the multiplications and additions of the update's products and convolutions at the rate of one
-large matrix product here, and the bytes of everything else at the rate of one large copy.
+The floor: the multiplications and additions of the update's products and convolutions at the rate
+of one large matrix product here, and the bytes of everything else at the rate of one large copy.
 """
 import collections
 import json

@@ -1,12 +1,12 @@
-"""What the latent state knows of the scene: learn the start of a run, then read the scene from feat.
+"""What the latent state knows of the scene: learn a run's start, then read the scene from feat.
 
     python results/sight.py --variants "" "--free-nats 3" "--conv-depth 16" [any flag of cmil.py]
 
 For each variant: `--updates` updates of the start (world model and cloning) on all demonstrations
-but the last two, then a ridge regression from feat to the simulator's positions. One JSON line each,
-measured on those last two, which nothing was fitted to: the error in the arm's joints (rad), the
-fingers (mm), each object's joint or the kettle's place as a share of its own spread (0: known, 1:
-nothing known), the cloning loss, and the pictures' error where they move and where they do not.
+but the last two, then a ridge regression from feat to the simulator's positions. One JSON line
+each, measured on those last two, which nothing was fitted to: the error in the arm's joints (rad),
+the fingers (mm), each object's joint or the kettle's place as a share of its own spread (0: known,
+1: nothing known), the cloning loss, and the pictures' error where they move and where they do not.
 """
 import argparse
 import json
@@ -68,7 +68,7 @@ def measure(c, updates, demos, qpos):
     for part in ("light", "slide", "microwave", "kettle"):
         rms[part] /= float(truth[:, PARTS[part]].std(0).max())
     rms["fingers"] *= 1000
-    moves = (image - image.median(0).values).abs().amax(2, keepdim=True) > 0.1  # (T+1, n, 1, 64, 64)
+    moves = (image - image.median(0).values).abs().amax(2, keepdim=True) > 0.1
     squared = (predicted - image).square().mean(2, keepdim=True)
     with torch.no_grad():
         bc = float(cmil.clone_loss(agent.actor, feat, action))

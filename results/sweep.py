@@ -3,8 +3,8 @@
     python results/sweep.py --out runs/sweep --seeds 0 1 --variants "" "--sigma 0.5" "--alpha 1" \\
         -- --env kitchen --tasks microwave --threads 1 [any flag of cmil.py, for all of them]
 
-A variant is what it adds to the flags after --. Runs that are complete are not made again, an interrupted
-one goes on, so that the same command resumes a sweep; --table only prints what is there.
+A variant is what it adds to the flags after --. Runs that are complete are not made again, an
+interrupted one goes on, so that the same command resumes a sweep; --table only prints.
 """
 import argparse
 import concurrent.futures
