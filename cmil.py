@@ -477,18 +477,20 @@ class RSSM(nn.Module):
         update = torch.sigmoid(update - 1)  # biased to remember
         return update * cand + (1 - update) * deter
 
-    def post_embed(self, embed):
-        """What of the posterior's first layer needs no recurrence: (..., E) -> (..., hidden)."""
-        return F.linear(embed, self.post_hidden.weight[:, self.deter:], self.post_hidden.bias)
+    def post_first(self, embed):
+        """The posterior's first layer in two parts: what needs no recurrence, (..., E) ->
+        (..., hidden), and the weight (hidden, D) for deter, cut out once and not at every step."""
+        for_deter, for_embed = self.post_hidden.weight.split([self.deter, embed.shape[-1]], 1)
+        return F.linear(embed, for_embed, self.post_hidden.bias), for_deter
 
-    def step_post(self, state, action, embed, noise):
+    def step_post(self, state, action, embed, weight, noise):
         """One filtering step q(s_t | x_t, s_{t-1}, a_{t-1}).
 
-        state: s_{t-1} (B, ...); action (B, A): a_{t-1}; embed (B, hidden): post_embed() of x_t;
-        noise (B, S): standard normal, or zeros for the mean -> s_t
+        state: s_{t-1} (B, ...); action (B, A): a_{t-1}; embed (B, hidden), weight (hidden, D):
+        post_first() of x_t; noise (B, S): standard normal, or zeros for the mean -> s_t
         """
         deter = self.step_deter(state.stoch, state.deter, action)
-        x = F.elu(embed + F.linear(deter, self.post_hidden.weight[:, :self.deter]))
+        x = F.elu(embed + F.linear(deter, weight))
         mean, std = self.mean_std(self.post_output(x))
         return State(mean + std * noise, deter, mean, std)
 
@@ -500,11 +502,11 @@ class RSSM(nn.Module):
         """
         length, batch = action.shape[:2]
         action = torch.cat([torch.zeros_like(action[:1]), action[1:]])
-        embed = self.post_embed(embed)                                      # (L, B, hidden)
+        embed, weight = self.post_first(embed)                              # (L, B, hidden)
         noise = torch.randn(length, batch, self.stoch, device=action.device)
         states = [self.initial(batch)]
         for t in range(length):
-            states.append(self.step_post(states[-1], action[t], embed[t], noise[t]))
+            states.append(self.step_post(states[-1], action[t], embed[t], weight, noise[t]))
         return State(*(torch.stack(x) for x in zip(*states[1:])))
 
     def drawn_prior(self, deter):
@@ -652,12 +654,11 @@ def state_values(critics, dream, rule="min"):
     return q.min(0).values
 
 
-def actor_loss(critics, disc, dream, c):
-    """[W6] without its BC term, with the policy's entropy e:
+def actor_loss(critics, dream, reward, c):
+    """[W6] without its BC term, with the policy's entropy e; reward (H, N) of [P10]:
 
     -mean_{t<H} g^t [ l V(s_t) + (1-l) V_0(s_t) + c.entropy e_t ]
     """
-    reward = conservative_reward(disc, dream, c)                            # (H, N)
     value = state_values(critics, dream)                                    # (H+1, N)
     returns = lambda_return(reward, value, c.gamma, c.lam)                  # (H, N)
     objective = c.lam * returns + (1 - c.lam) * value[:-1] + c.entropy * dream.entropy
@@ -678,8 +679,10 @@ def clone_loss(actor, feat, action):
     return -actor(s.detach()).log_prob(a).mean()
 
 
-def critic_targets(target_critics, disc, dream, replay_feat, replay_action, c):
+def critic_targets(target_critics, disc, dream, dream_reward, replay_feat, replay_action, c):
     """What the critics should be: for [W7] Vbar (H, N), for [W8] r_j + g(...) (L-1, B).
+
+    dream_reward (H, N): [P10] along the rollouts.
 
     row j           0        1        2
     pair         (s0,a0)  (s1,a1)               a_j: the action really taken; r_j without penalty
@@ -687,7 +690,7 @@ def critic_targets(target_critics, disc, dream, replay_feat, replay_action, c):
     """
     with torch.no_grad():
         value = state_values(target_critics, dream, c.target)               # (H+1, N)
-        returns = lambda_return(conservative_reward(disc, dream, c), value, c.gamma, c.lam)
+        returns = lambda_return(dream_reward, value, c.gamma, c.lam)        # (H, N)
         length, batch = replay_action.shape[:2]
         value_0 = value[0].view(length, batch)[1:]                          # Vbar_0(s_{j+1})
         return_0 = returns[0].view(length, batch)[1:]                       # Vbar(s_{j+1})
@@ -764,13 +767,15 @@ class Graphed:
     overwritten by the next. mode: on, off, or auto: one line and no graph where recording fails.
     """
     WARM_UP = 3
+    failed = False  # once recording has failed, nothing in this process tries again
 
     def __init__(self, step, device, mode):
         self.step, self.mode, self.calls, self.graph = step, mode, 0, None
-        self.wanted = device.type == "cuda" and mode != "off"
+        self.wanted = device.type == "cuda" and mode != "off" and not Graphed.failed
         self.stream = torch.cuda.Stream(device) if self.wanted else None
 
     def __call__(self, replay):
+        self.wanted = self.wanted and not Graphed.failed
         if self.wanted and self.calls == self.WARM_UP:
             self.record(replay)
         self.calls += 1
@@ -798,7 +803,7 @@ class Graphed:
             if self.mode == "on":
                 die(f"--graph on: {reason}; use --graph auto or off")
             print(f"cmil: {reason}; going on without", file=sys.stderr)
-            self.wanted = False
+            self.wanted, Graphed.failed = False, True
             # What a failed recording may leave behind: its stream, and a generator that believes
             # it is still being recorded (older versions of torch).
             torch.cuda.set_stream(current)
@@ -859,9 +864,9 @@ class Agent:
             if carry is None:
                 size = actor.layers[-1].out_features // 2
                 carry = rssm.initial(len(image)), torch.zeros(len(image), size, device=self.device)
-            embed = rssm.post_embed(self.world.encoder(to_float(image)))
+            embed, weight = rssm.post_first(self.world.encoder(to_float(image)))
             noise = torch.randn_like(carry[0].stoch) * float(sample)
-            state = rssm.step_post(*carry, embed, noise)
+            state = rssm.step_post(*carry, embed, weight, noise)
             policy = actor(state.feat)
             action = policy.rsample() if sample else policy.mode
         return action.cpu().numpy(), (state, action)
@@ -929,12 +934,15 @@ class Agent:
             policy = state_action_pairs(dream.feat.detach(), dream.action.detach())
             disc_loss, disc_info = discriminator_loss(self.disc, expert, policy, c.sigma)   # [P8]
 
+            # The reward of every imagined pair: D's logit, minus the ensemble's disagreement.
+            reward = conservative_reward(self.disc, dream, c)                       # (H, N) [P10]
+
             # Critics [W9]: regress imagined and real pairs onto TD(lambda) of the target critics.
-            targets = critic_targets(self.targets, self.disc, dream, feat, action, c)
+            targets = critic_targets(self.targets, self.disc, dream, reward, feat, action, c)
             q_loss, q_info = critic_loss(self.critics, targets, dream, feat, action, c)
 
             # Actor: up the returns, through the model; and stay near the demonstrations.
-            pi_loss, pi_info = actor_loss(self.critics, self.disc, dream, c)            # [W6]
+            pi_loss, pi_info = actor_loss(self.critics, dream, reward, c)               # [W6]
             bc_loss = clone_loss(self.actor, expert_feat, expert_action)
         losses = {"world": world_loss, "disc": disc_loss, "critic": q_loss,
                   "actor": pi_loss + c.beta * bc_loss}
@@ -1482,8 +1490,8 @@ def setup_torch(c):
     if c.threads:
         torch.set_num_threads(c.threads)
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # glibc
-        # Else every large tensor is returned to the system and paged in anew by the next: up to a
-        # fifth of a CPU update. -4: M_MMAP_MAX, no mappings of their own; -1: M_TRIM_THRESHOLD.
+        # Else every large tensor is returned to the system and paged in anew by the next.
+        # -4: M_MMAP_MAX, no mappings of their own; -1: M_TRIM_THRESHOLD.
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return device
@@ -1618,7 +1626,8 @@ def load_agent(run, explicit=None):
     for name in explicit or {}:
         if name not in EVAL_MAY_CHANGE:
             die(f"--{name.replace('_', '-')} belongs to training: with --eval it cannot change")
-    c = Config(**{**stored, "logdir": str(run), **(explicit or {})})
+    c = Config(**{**stored, "logdir": str(run), **(explicit or {}),
+                  "graph": "off", "compile": False})  # they only speed up learning
     check_config(c)
     state = load_checkpoint(pathlib.Path(run))
     if state is None:

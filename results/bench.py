@@ -13,7 +13,11 @@ import cmil
 
 
 def bench(explicit):
-    """--bench: updates/s alone, environment steps/s alone, both as in training; one JSON line."""
+    """--bench: updates/s alone, environment steps/s alone, both; one JSON line.
+
+    Both: acting, simulating and learning as in Trainer.play_round; saving episodes, snapshots and
+    evaluations, once a round or less often, are left out.
+    """
     folder = tempfile.TemporaryDirectory(prefix="cmil-bench-")
     c = cmil.make_config({**explicit, "logdir": folder.name, "minutes": 0.0})
     with contextlib.redirect_stdout(sys.stderr):  # the one line is for stdout
@@ -43,7 +47,7 @@ def bench(explicit):
     each = max(1, round(c.train_ratio * c.num_envs))  # updates while the environments take a step
 
     def both():
-        """Steps of all environments with their updates behind them, as in play_round."""
+        """Steps of all environments with their updates behind them."""
         image, carry = vec.reset(seed=0)[0], None
         for _ in range(trainer.T):
             action, carry = agent.act(image, carry)
@@ -58,7 +62,7 @@ def bench(explicit):
     rounds = (_ for _ in iter(int, 1) for _ in both())  # both() again and again
     together = rate(lambda: next(rounds))
     cuda = agent.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else peak_memory()
+    peak = torch.cuda.max_memory_reserved() / 1e9 if cuda else peak_memory()
     trainer.close()
     folder.cleanup()
     print(json.dumps({"updates_per_s": updates, "seconds_per_update": 1 / updates,
@@ -100,5 +104,5 @@ def median_seconds(agent, replay, updates, warm_up=2):
 
 
 def peak_memory():
-    """Peak resident memory of this process in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Peak resident memory of this process in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

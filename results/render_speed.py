@@ -3,11 +3,12 @@
     python results/render_speed.py [--frames 20]
 
 One JSON line. Both draw 64x64 pixels, each in a process of its own: two off-screen renderers in one
-process would draw into whichever OpenGL context was made current last.
+process would draw into whichever OpenGL context was made current last. Linux: on one core.
 """
 import argparse
 import json
 import multiprocessing
+import os
 import pathlib
 import sys
 import time
@@ -53,6 +54,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--frames", type=int, default=20, help="frames of each renderer")
     frames, result = parser.parse_args().frames, {}
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})             # workers inherit it
     for measure in (measure_ours, measure_default):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             result |= pool.apply(measure, (frames,))

@@ -1,4 +1,4 @@
-"""One factor at a time: a run for every variant and seed, and one table of what came of them.
+"""One factor at a time: a run (of drift.py) for every variant and seed, and one table of them.
 
     python results/sweep.py --out runs/sweep --seeds 0 1 --variants "" "--sigma 0.5" "--alpha 1" \\
         -- --env kitchen --tasks microwave --threads 1 [any flag of cmil.py, for all of them]
@@ -17,10 +17,12 @@ import sys
 
 import numpy as np
 
-CMIL = pathlib.Path(__file__).parents[1] / "cmil.py"
+HERE = pathlib.Path(__file__).parent
 # Learning signals shown beside the outcome: the mean over the last fifth of a run's metrics.
-SHOWN = ("recon", "kl", "bc", "reward", "reward_std", "disc/logit_expert", "disc/logit_policy",
-         "entropy", "critic/model", "uncertainty", "uncertainty_expert")
+SHOWN = ("recon", "kl", "bc", "reward", "reward_std", "entropy", "critic/model",
+         "uncertainty_expert", *(f"watch/{name}" for name in (
+             "logit_expert", "logit_expert_std", "logit_replay", "logit_dream", "logit_dream_std",
+             "u_expert", "u_dream", "grad_reward", "grad_penalty", "grad_value", "grad_bc")))
 
 
 def folder_of(out, variant, seed):
@@ -34,11 +36,12 @@ def train_and_evaluate(out, variant, seed, flags, episodes):
     if (run / "eval.json").exists():
         return
     run.mkdir(parents=True, exist_ok=True)
-    cmil = [sys.executable, str(CMIL)]
     with open(run / "log.txt", "a") as log:
-        subprocess.run([*cmil, *flags, *shlex.split(variant), "--seed", str(seed), "--logdir",
-                        str(run)], stdout=log, stderr=log, check=True)
-        text = subprocess.run([*cmil, "--eval", str(run), "--episodes", str(episodes)],
+        subprocess.run([sys.executable, str(HERE / "drift.py"), *flags, *shlex.split(variant),
+                        "--seed", str(seed), "--logdir", str(run)],
+                       stdout=log, stderr=log, check=True)
+        text = subprocess.run([sys.executable, str(HERE.parent / "cmil.py"), "--eval", str(run),
+                               "--episodes", str(episodes)],
                               stdout=subprocess.PIPE, stderr=log, text=True, check=True).stdout
     (run / "eval.json").write_text(text)
 
