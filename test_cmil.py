@@ -2320,7 +2320,8 @@ def test_sweep_runs_each_variant_once(monkeypatch, capsys, tmp_path):
         assert config["sigma"] == sigma and config["seed"] == 3
         evaluations = [line["eval/tasks"] for line in metrics(tmp_path / name)
                        if "eval/tasks" in line]
-        assert rows[name]["tasks"] == evaluations and rows[name]["final"]["success"] >= 0
+        assert rows[name]["tasks"] == evaluations and rows[name]["eval"]["success"] >= 0
+        assert rows[name]["eval-sampled"]["tasks"] >= 0
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
     sweep.main()
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")

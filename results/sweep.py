@@ -30,32 +30,39 @@ def folder_of(out, variant, seed):
     return pathlib.Path(out) / f"{name}-s{seed}"
 
 
+# Final evaluations: with the modes of policy and latents, and with samples.
+EVALUATIONS = {"eval.json": [], "eval-sampled.json": ["--eval-sample"]}
+
+
 def train_and_evaluate(out, variant, seed, flags, episodes):
-    """One run to its end, then its final evaluation, kept as eval.json beside its metrics."""
+    """One run to its end, then its final evaluations, kept beside its metrics."""
     run = folder_of(out, variant, seed)
-    if (run / "eval.json").exists():
-        return
     run.mkdir(parents=True, exist_ok=True)
+    missing = [name for name in EVALUATIONS if not (run / name).exists()]
     with open(run / "log.txt", "a") as log:
-        subprocess.run([sys.executable, str(HERE / "drift.py"), *flags, *shlex.split(variant),
-                        "--seed", str(seed), "--logdir", str(run)],
-                       stdout=log, stderr=log, check=True)
-        text = subprocess.run([sys.executable, str(HERE.parent / "cmil.py"), "--eval", str(run),
-                               "--episodes", str(episodes)],
-                              stdout=subprocess.PIPE, stderr=log, text=True, check=True).stdout
-    (run / "eval.json").write_text(text)
+        if missing:
+            subprocess.run([sys.executable, str(HERE / "drift.py"), *flags, *shlex.split(variant),
+                            "--seed", str(seed), "--logdir", str(run)],
+                           stdout=log, stderr=log, check=True)
+        for name in missing:
+            answer = subprocess.run([
+                sys.executable, str(HERE.parent / "cmil.py"), "--eval", str(run),
+                "--episodes", str(episodes), *EVALUATIONS[name]],
+                stdout=subprocess.PIPE, stderr=log, text=True, check=True)
+            (run / name).write_text(answer.stdout)
 
 
 def row(run):
-    """A run's evaluations in order, its final one, and its learning signals -> dict."""
+    """A run's evaluations in order, its final ones, and its learning signals -> dict."""
     lines = [json.loads(line) for line in open(run / "metrics.jsonl")]
     curve = [line["eval/tasks"] for line in lines if "eval/tasks" in line]
     learned = [line for line in lines if "recon" in line]
     last = learned[-max(1, len(learned) // 5):]
     out = {"run": run.name, "tasks": curve}
-    if (run / "eval.json").exists():
-        final = json.loads((run / "eval.json").read_text())
-        out["final"] = {"success": final["success"], "tasks": final["tasks"]}
+    for name in EVALUATIONS:
+        if (run / name).exists():
+            final = json.loads((run / name).read_text())
+            out[name[:-5]] = {"success": final["success"], "tasks": final["tasks"]}
     out["update"] = lines[-1]["update"]
     out["minutes"] = round(lines[-1]["time"] / 60, 1)
     return {**out, **{key: round(float(np.mean([line[key] for line in last])), 3)
