@@ -1106,6 +1106,7 @@ def test_update_uses_the_replay_half_and_the_demo_half(monkeypatch):
     seen = {name: calls_of(monkeypatch, cmil, name, lambda real, *args: real(*args))
             for name in ("world_model_loss", "imagine", "discriminator_loss", "critic_targets",
                          "critic_loss", "clone_loss")}
+    agent_disc = copy.deepcopy(agent.disc)               # as it was for this update
     agent.update(replay)
     L, B = c.length, c.batch
     _, image, post, _ = seen["world_model_loss"][0]
@@ -1119,7 +1120,8 @@ def test_update_uses_the_replay_half_and_the_demo_half(monkeypatch):
     assert s.shape[:2] == (L - 1, B) and (a == .5).all() and sigma == c.sigma
     assert policy_s.shape[:2] == policy_a.shape[:2] == (c.horizon, L * B)
     assert not policy_s.requires_grad and not policy_a.requires_grad and not s.requires_grad
-    _, _, _, feat, action, _ = seen["critic_targets"][0]
+    _, _, dream, reward, feat, action, _ = seen["critic_targets"][0]
+    assert torch.equal(reward, cmil.conservative_reward(agent_disc, dream, c))  # [P10], once
     assert (action == -.5).all() and torch.equal(feat, post.feat.detach())
     _, _, _, feat, action, _ = seen["critic_loss"][0]
     assert (action == -.5).all() and torch.equal(feat, post.feat.detach())
