@@ -771,7 +771,7 @@ class Graphed:
 
     def __init__(self, step, device, mode):
         self.step, self.mode, self.calls, self.graph = step, mode, 0, None
-        self.wanted = device.type == "cuda" and mode != "off" and not Graphed.failed
+        self.wanted = device.type == "cuda" and mode != "off"
         self.stream = torch.cuda.Stream(device) if self.wanted else None
 
     def __call__(self, replay):

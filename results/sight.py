@@ -49,10 +49,10 @@ def look(agent, demos):
 def measure(c, updates, demos, qpos):
     device = cmil.setup_torch(c)
     torch.manual_seed(c.seed)
-    agent = cmil.Agent(c, demos[0]["action"].shape[1], device)
+    actions = demos[0]["action"].shape[1]
     fit, held = demos[:-HELD_OUT], demos[-HELD_OUT:]
-    replay = cmil.Replay(sum(len(d["image"]) for d in fit), c.length, agent.actor.layers[-1]
-                         .out_features // 2, device)
+    agent = cmil.Agent(c, actions, device)
+    replay = cmil.Replay(sum(len(d["image"]) for d in fit), c.length, actions, device)
     for demo in fit:
         replay.add(demo["image"], demo["action"], demo=True)
     start = time.perf_counter()
