@@ -1103,6 +1103,12 @@ def env_options(c):
             "robot_noise_ratio": noise}
 
 
+def outcome(info):
+    """What an episode's last info says of the task -> dict of float arrays (environments,)."""
+    names = {"success": "success", "tasks": "n_tasks", "rotation": "rotation", "error": "error"}
+    return {name: np.asarray(info[key], np.float64) for name, key in names.items() if key in info}
+
+
 def rollouts(agent, vec, steps, episodes, seed, stream, sample):
     """Run `episodes` episodes of `steps` steps, as many at a time as `vec` has environments.
 
@@ -1121,10 +1127,8 @@ def rollouts(agent, vec, steps, episodes, seed, stream, sample):
                 total += reward
                 first.append(image[0].copy())
             video = video or first
-            outcome = {"success": info["success"], "tasks": info["n_tasks"], "return": total}
-            outcome |= {key: info[key] for key in ("rotation", "error") if key in info}
-            for key, value in outcome.items():
-                results.setdefault(key, []).extend(np.asarray(value, np.float64))
+            for key, value in {**outcome(info), "return": total}.items():
+                results.setdefault(key, []).extend(value)
     return {key: np.array(value[:episodes]) for key, value in results.items()}, np.stack(video)
 
 
@@ -1271,12 +1275,13 @@ class Trainer:
             self.progress()
             if self.stop:
                 raise Stop
-        self.steps_in_round = 0
         if not c.offline:
+            self.log({f"train/{key}": value.mean() for key, value in outcome(info).items()})
             for i in range(N):
                 self.replay.add(images[:, i], actions[:, i])
                 save_atomically(self.dir / "episodes" / f"r{self.round:06d}-w{i}.npz", lambda f: (
                     np.savez_compressed(f, image=images[:, i], action=actions[:, i])))
+        self.steps_in_round = 0
 
     def earned(self, step):
         """Updates that the environment steps up to `step` have earned; seed rounds earn none."""

@@ -1667,7 +1667,10 @@ def test_a_run_does_what_its_schedule_says(uninterrupted):
     assert lines[-1]["step"] == 250
     assert [line["update"] for line in lines if "recon" in line] == [5, 10, 15, 20, 25, 30, 35]
     assert [line["step"] for line in lines if "eval/success" in line] == [0, 100, 200, 250]
-    assert [line["step"] for line in lines if line["update"] == 12] == [0, 100]      # seed rounds
+    played = [line for line in lines if "train/success" in line]
+    assert [(line["step"], line["update"]) for line in played] == [
+        (50, 12), (100, 12), (150, 20), (200, 28), (250, 36)]        # two seed rounds earn nothing
+    assert all(0 <= line["train/success"] == line["train/tasks"] <= 1 for line in played)
     steps = [line["step"] for line in lines]
     assert steps == sorted(steps)
     episodes = sorted(path.name for path in (folder / "episodes").iterdir())
@@ -1690,12 +1693,13 @@ def test_metrics_have_the_promised_names(uninterrupted):
                 "uncertainty", "uncertainty_expert", "skipped", "reward", "lambda_return",
                 "critic/model", "critic/data", "grad/world", "grad/actor", "grad/disc",
                 "grad/critic"}
-    assert promised <= set(lines[-2])
+    assert promised <= set(lines[-3])
+    assert {"train/success", "train/tasks"} <= set(lines[-2])
     assert {"eval/success", "eval/tasks", "eval/return"} <= set(lines[-1])
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert all(line.get("skipped", 0) == 0 for line in lines)
     raw = metrics(uninterrupted[0], clock=())
-    assert {"time", "fps", "ups"} <= set(raw[-2])
+    assert {"time", "fps", "ups"} <= set(raw[-3])
 
 
 def test_same_seed_same_run(uninterrupted, tmp_path):
@@ -2331,6 +2335,9 @@ def test_sweep_runs_each_variant_once(monkeypatch, capsys, tmp_path):
     learned = [line["recon"] for line in metrics(tmp_path / "base-s3") if "recon" in line]
     last = learned[-max(1, len(learned) // 5):]
     assert rows["base-s3"]["recon"] == pytest.approx(np.mean(last), abs=1e-3)
+    played = [line["train/tasks"] for line in metrics(tmp_path / "base-s3")
+              if "train/tasks" in line]
+    assert len(played) == 2 and rows["base-s3"]["training_tasks"] == played[-1]
 
 
 def test_sight_reads_what_is_there(monkeypatch):

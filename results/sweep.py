@@ -52,17 +52,23 @@ def train_and_evaluate(out, variant, seed, flags, episodes):
             (run / name).write_text(answer.stdout)
 
 
+def last_fifth(lines, key):
+    lines = [line for line in lines if key in line]
+    return lines[-max(1, len(lines) // 5):] if lines else []
+
+
 def row(run):
     """A run's evaluations in order, its final ones, and its learning signals -> dict."""
     lines = [json.loads(line) for line in open(run / "metrics.jsonl")]
     curve = [line["eval/tasks"] for line in lines if "eval/tasks" in line]
-    learned = [line for line in lines if "recon" in line]
-    last = learned[-max(1, len(learned) // 5):]
+    last = last_fifth(lines, "recon")
     out = {"run": run.name, "tasks": curve}
     for name in EVALUATIONS:
         if (run / name).exists():
             final = json.loads((run / name).read_text())
             out[name[:-5]] = {"success": final["success"], "tasks": final["tasks"]}
+    if played := [line["train/tasks"] for line in last_fifth(lines, "train/tasks")]:
+        out["training_tasks"] = round(float(np.mean(played)), 3)
     out["update"] = lines[-1]["update"]
     out["minutes"] = round(lines[-1]["time"] / 60, 1)
     return {**out, **{key: round(float(np.mean([line[key] for line in last])), 3)
