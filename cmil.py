@@ -1105,8 +1105,9 @@ def env_options(c):
 
 def outcome(info):
     """What an episode's last info says of the task -> dict of float arrays (environments,)."""
-    names = {"success": "success", "tasks": "n_tasks", "rotation": "rotation", "error": "error"}
-    return {name: np.asarray(info[key], np.float64) for name, key in names.items() if key in info}
+    names = {"success": "success", "n_tasks": "tasks", "rotation": "rotation", "error": "error",
+             "dropped": "dropped"}
+    return {name: np.asarray(info[key], np.float64) for key, name in names.items() if key in info}
 
 
 def rollouts(agent, vec, steps, episodes, seed, stream, sample):
@@ -1265,11 +1266,11 @@ class Trainer:
         for t in range(T):
             if not c.offline:
                 actions[t + 1], carry = self.agent.act(images[t], carry)
-                step_async(self.vec, actions[t + 1])
+                self.vec.step_async(actions[t + 1])
             for _ in range(self.earned(self.step + N) - self.earned(self.step)):
                 self.learn(self.update)
             if not c.offline:
-                images[t + 1], _, _, _, info = step_wait(self.vec)
+                images[t + 1], _, _, _, info = self.vec.step_wait()
                 actions[t + 1][info["padded"]] = 0  # the episode was over: this action did nothing
             self.steps_in_round += N
             self.progress()
@@ -1469,18 +1470,6 @@ def load_into(agent, state, run):
     except (RuntimeError, KeyError, ValueError):
         die(f"the checkpoint in {run} holds other networks than this version of cmil.py makes "
             "from its config.json; use the commit named there, or start in another --logdir")
-
-
-def step_async(vec, action):
-    """Start a step of all environments; a SyncVectorEnv does the work in step_wait."""
-    if hasattr(vec, "step_async"):
-        vec.step_async(action)
-    else:
-        vec.pending_action = action
-
-
-def step_wait(vec):
-    return vec.step_wait() if hasattr(vec, "step_wait") else vec.step(vec.pending_action)
 
 
 def setup_torch(c):

@@ -266,11 +266,9 @@ def point_demos(n, seed=0, **options):
 # little, for the time goes into the shapes' corners, and keep the thin gripper clear.
 
 SUPERSAMPLE = 2
-DETAIL = 0.01       # m: corners of a mesh that are nearer than about this become one
 FINE_MESH = 2000    # only meshes of more faces are simplified
-ROUND = {"numslices": 12, "numstacks": 2, "numquads": 1}  # into how many faces other shapes go
 RENDER_STYLE = (f"{SUPERSAMPLE}x{SUPERSAMPLE} samples, no shadows or reflections, float32 qpos, "
-                f"lamp, {DETAIL} m of {FINE_MESH}, {ROUND}")
+                f"lamp, of {FINE_MESH}")
 
 _screens = {}  # one Screen for each model and camera in this process
 
@@ -344,16 +342,15 @@ def simplify_meshes(model, cell, least):
 
 
 class Screen:
-    """An off-screen renderer for one model and camera; `name` says which OpenGL draws."""
+    """An off-screen renderer for one model, camera and detail; `name`: which OpenGL draws."""
 
-    def __init__(self, model, camera):
+    def __init__(self, model, camera, detail):
         import mujoco
         size, model = IMAGE * SUPERSAMPLE, copy.copy(model)  # the simulation keeps its own shapes
-        simplify_meshes(model, DETAIL, FINE_MESH)
+        simplify_meshes(model, detail["mesh"], FINE_MESH)
         quality = model.vis.quality
         quality.offsamples = quality.shadowsize = 0
-        for name, value in ROUND.items():
-            setattr(quality, name, value)
+        quality.numslices, quality.numstacks, quality.numquads = detail["round"]
         model.vis.global_.offwidth = model.vis.global_.offheight = size
         backend = os.environ.get("MUJOCO_GL")
         if backend in ("egl", "osmesa"):  # mujoco may have been imported before this was chosen
@@ -369,11 +366,11 @@ class Screen:
         self.users = set()  # id of each model that was drawn: the last one to go closes the screen
 
 
-def _screen(model, camera):
+def _screen(model, camera, detail):
     """The screen for this model, shared by all equal models of this process."""
-    key = bytes(model.names), model.nq, repr(camera)
+    key = bytes(model.names), model.nq, repr((camera, detail))
     if key not in _screens:
-        _screens[key] = Screen(model, camera)
+        _screens[key] = Screen(model, camera, detail)
         atexit.register(_release)  # later than the OpenGL library's own handler, so it runs before
     _screens[key].users.add(id(model))
     return _screens[key]
@@ -387,17 +384,19 @@ def _release(model=None):
             _screens.pop(key).renderer.close()
 
 
-def render_state(model, data, camera, lights_off=()):
+def render_state(model, data, camera, detail, lights_off=()):
     """Draw the positions `data.qpos` of a mujoco model -> (64, 64, 3) uint8.
 
-    camera: dict of distance (m), lookat (m), azimuth and elevation (degrees). lights_off: names.
+    camera: dict of distance (m), lookat (m), azimuth and elevation (degrees). detail: dict of mesh
+    (m: corners nearer than about this become one) and round (into how many slices, stacks and quads
+    other shapes go). lights_off: names.
     After a step the bodies lag a substep behind qpos, so their places are computed anew: with
     mj_kinematics, which leaves the physics as it is (mj_forward would not). They are computed from
     qpos as float32, the form in which demonstrations are stored, so that both look the same to the
     last bit.
     """
     import mujoco
-    screen, exact = _screen(model, camera), data.qpos.copy()
+    screen, exact = _screen(model, camera, detail), data.qpos.copy()
     data.qpos[:] = exact.astype(np.float32)
     mujoco.mj_kinematics(model, data)
     mujoco.mj_camlight(model, data)
@@ -415,15 +414,16 @@ def render_state(model, data, camera, lights_off=()):
 class Simulated(PixelEnv):
     """A PixelEnv drawn from a mujoco simulation.
 
-    `model` and `data` are mujoco's own, live objects. A subclass sets them and its `CAMERA`, and
-    says with `tasks_in(qpos)` which tasks are completed in rows of positions (rows, nq).
+    `model` and `data` are mujoco's own, live objects. A subclass sets them, its `CAMERA` and
+    `DETAIL` (see render_state), and says with `tasks_in(qpos)` which tasks an episode with these
+    positions (rows, nq) completes; row 0 is that of the reset.
     """
 
-    CAMERA = {}
+    CAMERA, DETAIL = {}, {}
 
     def draw(self, data):
         """Picture (64, 64, 3) uint8 of the positions in `data`, an mjData of this model."""
-        return render_state(self.model, data, self.CAMERA)
+        return render_state(self.model, data, self.CAMERA, self.DETAIL)
 
     def _frame(self):
         return self.draw(self.data)
@@ -431,7 +431,7 @@ class Simulated(PixelEnv):
     @property
     def gl_renderer(self):
         """Which OpenGL draws the frames: "llvmpipe (...); 4.5 ... Mesa 22.3.6"."""
-        return _screen(self.model, self.CAMERA).name
+        return _screen(self.model, self.CAMERA, self.DETAIL).name
 
     def close(self):
         _release(self.model)
@@ -460,6 +460,7 @@ class Kitchen(Simulated):
 
     TASKS = ("microwave", "kettle", "light switch", "slide cabinet")
     CAMERA = {"distance": 1.86, "lookat": (-0.3, 0.5, 2.0), "azimuth": 90, "elevation": -60}
+    DETAIL = {"mesh": 0.01, "round": (12, 2, 1)}
     LAMP_FREE = -0.018  # m: at this position of the block its shadow leaves the stove
 
     def __init__(self, tasks=None, episode_steps=None, robot_noise_ratio=0.01,
@@ -481,7 +482,8 @@ class Kitchen(Simulated):
         # The lamp in the oven's hood always burns, behind a block that the light switch slides
         # away. Without shadows a block hides nothing, so the lamp itself is switched instead.
         dark = data.joint("light_joint").qpos[0] > self.LAMP_FREE
-        return render_state(self.model, data, self.CAMERA, ["ovenlight"] if dark else [])
+        lights_off = ["ovenlight"] if dark else []
+        return render_state(self.model, data, self.CAMERA, self.DETAIL, lights_off)
 
     def _reset(self, seed):
         self._kitchen.reset(seed=seed)
@@ -502,6 +504,173 @@ class Kitchen(Simulated):
         return tuple(task for task in self.chosen if (np.linalg.norm(
             qpos[:, v1.OBS_ELEMENT_INDICES[task]] - v1.OBS_ELEMENT_GOALS[task], axis=1)
             < v1.BONUS_THRESH).any())
+
+
+# ------------------------------------------------------------------------------- Baoding
+#
+# Two balls in the palm of gymnasium-robotics' Shadow Hand, to be turned about each other. The
+# package's own files are read where they are installed; nothing of them is copied. World frame:
+# the palm looks up (+z), the fingers point along +y, the thumb is at +x.
+
+HAND_POSE = {  # rad: where action zero sends the joints, a flat bowl; the wrist tilts the fingers
+    "WRJ1": 0.0126, "WRJ0": -0.398, "FFJ3": 0.30, "FFJ2": 0.056, "FFJ1": 0.75, "FFJ0": 0.85,
+    "MFJ3": 0.20, "MFJ2": 0.0, "MFJ1": 0.75, "MFJ0": 0.85, "RFJ3": 0.07, "RFJ2": 0.1, "RFJ1": 0.75,
+    "RFJ0": 0.85, "LFJ4": 0.0, "LFJ3": -0.34, "LFJ2": 0.0, "LFJ1": 0.8, "LFJ0": 0.9, "THJ4": -0.02,
+    "THJ3": 0.374, "THJ2": 0.094, "THJ1": -0.126, "THJ0": -0.536}
+BALL_RADIUS = 0.028  # m
+BAODING_XML = """
+<mujoco model="baoding">
+  <compiler angle="radian" meshdir="{assets}/stls/hand" texturedir="{assets}/textures"/>
+  <option timestep="0.005" integrator="implicitfast" iterations="20" ls_iterations="10"/>
+  <include file="{assets}/hand/shared.xml"/>
+  <asset><include file="{assets}/hand/shared_asset.xml"/></asset>
+  <worldbody>
+    <light directional="true" castshadow="false" dir="0 0.3 -1" pos="0 0 1"
+           ambient="0.2 0.2 0.2" diffuse="0.8 0.8 0.8" specular="0.3 0.3 0.3"/>
+    <include file="{assets}/hand/robot.xml"/>
+    <body name="ball1" pos="0.03 0 0.195">
+      <freejoint name="ball1"/>
+      <geom type="sphere" size="{radius}" mass="0.043" condim="4" friction="1 0.005 0.0001"
+            rgba="1 0.8 0.31 1"/>
+    </body>
+    <body name="ball2" pos="-0.03 0 0.195">
+      <freejoint name="ball2"/>
+      <geom type="sphere" size="{radius}" mass="0.043" condim="4" friction="1 0.005 0.0001"
+            rgba="0.84 0.49 0.43 1"/>
+    </body>
+  </worldbody>
+</mujoco>"""
+
+
+def baoding_model():
+    """Compile the hand and the balls from the installed package's files -> mujoco.MjModel."""
+    _import_robotics()
+    import gymnasium_robotics
+    import mujoco
+    assets = Path(gymnasium_robotics.__file__).parent / "envs" / "assets"
+    spec = mujoco.MjSpec.from_string(BAODING_XML.format(assets=assets, radius=BALL_RADIUS))
+    mount = spec.body("robot0:hand mount")
+    mount.pos, mount.alt.euler = (0, -0.4, 0.2), (-np.pi / 2, 0, 0)        # palm up
+    # Of the tendons only those count that couple each finger's last two joints; touch sensors are
+    # not used; forearm and wrist touch nothing here. Without them a step costs half.
+    unused = [t for t in spec.tendons if not t.name.endswith("J1c")] + list(spec.sensors)
+    unused += [site for site in spec.sites if site.name.startswith("robot0:Tch")]
+    unused += [spec.geom("robot0:C_forearm"), spec.geom("robot0:C_wrist")]
+    for element in unused:
+        spec.delete(element)
+    spec.material("robot0:MatViz").rgba = (0.35, 0.36, 0.4, 1)             # stock white saturates
+    return spec.compile()
+
+
+class Baoding(Simulated):
+    """Turn two balls about each other in the palm: 20 joint targets, 75 steps of 0.1 s.
+
+    Each ball has an invisible target on an ellipse above the palm. The targets start where the
+    balls lie and go round clockwise, seen from above, once in 60 steps. Success, known at the end
+    of the episode: no ball was dropped, the pair turned by at least 88% of what was commanded (1.1
+    turns in 75 steps), and balls were at most 20 mm from their targets on average. info also has
+    `rotation` (net turns in the commanded direction so far), `error` (m: mean distance of balls and
+    targets so far, seen from above) and `dropped`; what happens after a drop counts like the rest.
+    reward: 1 where both balls are within 25 mm of their targets.
+    """
+
+    CAMERA = {"distance": 0.27, "lookat": (0.01, -0.015, 0.17), "azimuth": 90, "elevation": -80}
+    DETAIL = {"mesh": 0.0015, "round": (16, 10, 1)}
+    SUBSTEPS = 20               # of 0.005 s
+    PERIOD = 60                 # steps in which the targets go round
+    CENTRE, AXES = np.array([0.005, -0.005]), np.array([0.02, 0.036])      # the ellipse: m, x and y
+    TURNED, NEAR, CLOSE = 0.88, 0.020, 0.025  # share of the turns; mean error, error of a step (m)
+    DROPPED = 0.10              # m: a ball whose centre is below this has left the hand
+    REACH = 0.9                 # action +-1 goes so far from the pose towards the joint's limit
+
+    def __init__(self, tasks=None, episode_steps=None, render_mode="rgb_array"):
+        _choose_tasks(tasks, ("turn",), "baoding")
+        super().__init__(20, episode_steps or 75, 1, render_mode)
+        import mujoco
+        self.model = baoding_model()
+        self.data = mujoco.MjData(self.model)
+        joints = [self.model.joint(f"robot0:{name}") for name in HAND_POSE]
+        self._hand = np.array([joint.qposadr[0] for joint in joints])
+        self._pose = np.array(list(HAND_POSE.values()))
+        actuated = self.model.actuator_trnid[:, 0]                         # joint of each actuator
+        pose = dict(zip((joint.id for joint in joints), self._pose))
+        self._middle = np.array([pose[joint] for joint in actuated])
+        self._low, self._high = self.model.actuator_ctrlrange.T
+        self._balls = [self.model.joint(f"ball{i}").qposadr[0] for i in (1, 2)]
+
+    def control(self, action):
+        """Actions (..., 20) in [-1, 1] -> joint targets (..., 20), rad; 0 is HAND_POSE."""
+        room = np.where(action > 0, self._high - self._middle, self._middle - self._low)
+        return self._middle + self.REACH * action * room
+
+    def balls_in(self, qpos):
+        """Centres of the balls in positions (..., nq) -> (..., 2, 3), m."""
+        return np.stack([qpos[..., i:i + 3] for i in self._balls], -2)
+
+    def targets(self, step):
+        """Where the balls should be after `step` (...) steps -> (..., 2, 2): ball, x and y, m."""
+        angle = self.phase - 2 * np.pi * np.asarray(step)[..., None] / self.PERIOD + [0, np.pi]
+        return self.CENTRE + self.AXES * np.stack([np.cos(angle), np.sin(angle)], -1)
+
+    def _simulate(self, action):
+        import mujoco
+        self.data.ctrl[:] = self.control(action)
+        mujoco.mj_step(self.model, self.data, self.SUBSTEPS)
+
+    def _reset(self, seed):
+        """A wide start: settling would undo noise on the joints, so a random action holds them."""
+        import mujoco
+        rng = self.np_random
+        mujoco.mj_resetData(self.model, self.data)
+        self.data.qpos[self._hand] = self._pose + rng.uniform(-0.01, 0.01, len(self._pose))
+        for i, side in zip(self._balls, (1, -1)):
+            self.data.qpos[i:i + 2] = self.CENTRE + (side * BALL_RADIUS, 0)
+            self.data.qpos[i:i + 2] += rng.uniform(-0.004, 0.004, 2)
+        action = 0.1 * rng.uniform(-1, 1, self.action_dim)
+        for _ in range(8):
+            self._simulate(action)
+        self._begin(self.data.qpos)
+
+    def _begin(self, qpos):
+        """Row 0 of an episode: the targets begin at the angle of the line through the balls."""
+        balls = self.balls_in(qpos)[:, :2]                                 # (2, 2)
+        self.phase = np.arctan2(*((balls[0] - balls[1]) / self.AXES)[::-1])
+        self._line, self._turned, self._errors = balls[0] - balls[1], 0.0, []
+        self.dropped = False
+
+    def _follow(self, qpos):
+        """Account for the positions (nq,) after a step -> (2,) distances to the targets, m."""
+        balls = self.balls_in(qpos)
+        line, (x, y) = balls[0, :2] - balls[1, :2], self._line
+        angle = np.arctan2(x * line[1] - y * line[0], x * line[0] + y * line[1])
+        self._turned -= angle / (2 * np.pi)                                # clockwise counts
+        self._line = line
+        distance = np.linalg.norm(balls[:, :2] - self.targets(len(self._errors) + 1), axis=1)
+        self._errors.append(distance.mean())
+        self.dropped |= bool(balls[:, 2].min() < self.DROPPED)
+        return distance
+
+    def _step(self, action):
+        self._simulate(action)
+        return float(self._follow(self.data.qpos).max() <= self.CLOSE and not self.dropped)
+
+    def _tasks(self):
+        steps = len(self._errors)
+        done = steps == self.episode_steps and not self.dropped and (
+            self._turned >= self.TURNED * steps / self.PERIOD
+            and np.mean(self._errors) <= self.NEAR)
+        return ("turn",) if done else ()
+
+    def _info(self):
+        return {**super()._info(), "rotation": self._turned, "dropped": self.dropped,
+                "error": float(np.mean(self._errors)) if self._errors else 0.0}
+
+    def tasks_in(self, qpos):
+        """What an episode with these positions (rows, nq), row 0 included, has completed."""
+        self._begin(qpos[0])
+        for row in qpos[1:]:
+            self._follow(row)
+        return self._tasks()
 
 
 # --------------------------------------------------------------------- any other environment
@@ -589,7 +758,7 @@ def _make_inner(name, episode_steps):
 
 # ------------------------------------------------------------------------- making environments
 
-BUILT_IN = {"kitchen": Kitchen, "point": Point}
+BUILT_IN = {"kitchen": Kitchen, "baoding": Baoding, "point": Point}
 for _id, _class in BUILT_IN.items():
     if f"cmil/{_id.capitalize()}-v0" not in gym.registry:
         gym.register(f"cmil/{_id.capitalize()}-v0", f"{__name__}:{_class.__name__}")
@@ -653,6 +822,16 @@ class Workers(AsyncVectorEnv):
     call_async, call_wait = _explained("call_async"), _explained("call_wait")
 
 
+class InProcess(SyncVectorEnv):
+    """An environment in this process with the calls of Workers; step_wait does all the work."""
+
+    def step_async(self, actions):
+        self._pending = actions
+
+    def step_wait(self):
+        return self.step(self._pending)
+
+
 def make_vec(name, n, **options):
     """`n` environments in lockstep, without autoreset: one process each, or in this one if n is 1.
 
@@ -661,7 +840,7 @@ def make_vec(name, n, **options):
     """
     makers = [functools.partial(make_env, name, **options)] * n
     if n == 1:
-        return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
+        return InProcess(makers, autoreset_mode=AutoresetMode.DISABLED)
     return Workers(makers, shared_memory=True, context="spawn",
                    autoreset_mode=AutoresetMode.DISABLED)
 
@@ -778,7 +957,7 @@ def _state_episodes(file, arrays, env, name, limit, gl):
     episodes, rows, count = [], env.episode_steps + 1, min(limit, len(qpos))
     for i in range(count):
         image = _cached_images(qpos[i, :rows], env, (digest, i, gl or env.gl_renderer))
-        tasks = env.tasks_in(qpos[i, 1:rows])
+        tasks = env.tasks_in(qpos[i, :rows])
         row0 = np.zeros((1, env.action_dim), np.float32)
         episodes.append({"image": image, "action": np.concatenate([row0, action[i, :rows - 1]]),
                          "tasks": tasks, "success": len(tasks) == env.n_goals})
@@ -791,7 +970,7 @@ def _state_episodes(file, arrays, env, name, limit, gl):
 def _cached_images(qpos, env, key):
     """Pictures (rows, 64, 64, 3) of positions (rows, nq), from ~/.cache/cmil if they are there."""
     import mujoco
-    key = repr((key, len(qpos), env.CAMERA, RENDER_STYLE, mujoco.__version__))
+    key = repr((key, len(qpos), env.CAMERA, env.DETAIL, RENDER_STYLE, mujoco.__version__))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmil"
     cached = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
     try:

@@ -2352,9 +2352,21 @@ def test_sight_reads_what_is_there(monkeypatch):
                               device="cpu"))
     demos = [{"image": rng.integers(0, 255, (30, 64, 64, 3), np.uint8),
               "action": rng.uniform(-1, 1, (30, 9)).astype(np.float32)} for _ in range(4)]
-    found = sight.measure(c, 2, demos, rng.normal(size=(30, 4, 30)))
+    qpos, drawn = rng.normal(size=(30, 4, 30)), []
+    found = sight.measure(c, 2, demos, qpos, [])
     assert found["microwave"] > 0.5                      # noise cannot be read
     assert all(np.isfinite(value) for value in found.values())
+    black = [{"image": np.zeros((40, 64, 64, 3), np.uint8), "action": demos[0]["action"][:1]
+              .repeat(40, 0)} for _ in range(50)]        # a run's episodes: the world model's only
+    model_loss, clone_loss = cmil.world_model_loss, cmil.clone_loss
+    monkeypatch.setattr(cmil, "world_model_loss", lambda world, image, *rest: (
+        drawn.append(image), model_loss(world, image, *rest))[1])
+    monkeypatch.setattr(cmil, "clone_loss", lambda actor, feat, action: (
+        drawn.append(action), clone_loss(actor, feat, action))[1])
+    assert sight.measure(c, 2, demos, qpos, black).keys() == found.keys()
+    images, actions = drawn[0::2][:2], drawn[1::2][:2]
+    assert all((image == -.5).float().mean() > .5 for image in images)
+    assert all(len(action[1:].flatten(0, 1).unique(dim=0)) > 4 for action in actions)
 
 
 def test_drift_takes_the_actors_loss_apart():
@@ -2380,6 +2392,30 @@ def test_drift_takes_the_actors_loss_apart():
         assert found["watch/grad_bc"] > 0 and found["watch/grad_penalty"] > 0
         assert all(torch.equal(*pair) for pair in zip(weights, agent.actor.parameters()))
         assert all(p.grad is None for p in agent.actor.parameters())
+
+
+def test_drift_draws_what_it_logs(monkeypatch, tmp_path):
+    """Every logged name is in one of the panels, bands are mean -+ std, an offline run draws too."""
+    pytest.importorskip("matplotlib")
+    from matplotlib import axes
+    drift, filled = script("drift"), []
+    agent, replay = agent_and_replay()
+    torch.manual_seed(0)
+    found = drift.watch(agent, replay)
+    drawn = {name for names in drift.PANELS.values() for name in names}
+    assert {name for name in found if not name.endswith("_std")} <= drawn
+    for run in ("online", "offline"):
+        (tmp_path / run).mkdir()
+        lines = [{"update": 100 * i, "bc": -i, "eval/tasks": 0,
+                  **({"reward": 1.0, "reward_std": 0.5} if run == "online" else {}),
+                  **(found if run == "online" else {})} for i in range(3)]
+        (tmp_path / run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr(axes.Axes, "fill_between",
+                        lambda self, x, low, high, **_: filled.append((x, low, high)))
+    drift.draw([tmp_path / "online", tmp_path / "offline"], tmp_path / "drift.png")
+    assert len(filled) == 4 and (tmp_path / "drift.png").stat().st_size > 10_000
+    x, low, high = next(f for f in filled if np.allclose(f[1], 0.5) and np.allclose(f[2], 1.5))
+    assert x == [0, 100, 200]
 
 
 # ------------------------------------------------------------------------------------ point
@@ -2757,7 +2793,7 @@ def test_simple_shapes_look_the_same(kitchen, monkeypatch):
     simple = env.draw(env.data)
     envs._release(env.model)
     monkeypatch.setattr(envs, "FINE_MESH", 10**9)
-    monkeypatch.setattr(envs, "ROUND", {})
+    monkeypatch.setattr(envs.Kitchen, "DETAIL", {"mesh": 0.01, "round": (28, 16, 4)})  # mujoco's
     exact = env.draw(env.data)
     monkeypatch.undo()
     envs._release(env.model)
@@ -2860,7 +2896,7 @@ def test_kitchen_demos_go_through_render_state(kitchen, monkeypatch, tmp_path):
     assert (kitchen.reset(seed=0)[0] == 7).all() and len(calls) == 1
     demo, = envs.load_demos("", "kitchen", 1, episode_steps=2)
     assert (demo["image"] == 7).all() and len(calls) == 4
-    assert calls[0][2] == calls[3][2]                    # the same camera
+    assert calls[0][2:] == calls[3][2:]                  # the same camera and detail
     envs.load_demos("", "kitchen", 1, episode_steps=2)
     assert len(calls) == 4                               # the second time they come from the cache
 
@@ -3000,3 +3036,129 @@ def test_the_readme_explains_what_is_logged(uninterrupted):
     assert {"recon", "eval/success", "grad/actor", "ups"} <= names
     assert not [name for name in names
                 if f"`{'grad/*' if name.startswith('grad/') else name}`" not in text]
+
+
+# ------------------------------------------------------------------------------------ baoding
+
+
+@pytest.fixture(scope="module")
+def hand():
+    """One hand with balls for all tests of it."""
+    env = envs.make_env("baoding")
+    yield env
+    env.close()
+
+
+@needs_kitchen
+def test_baoding_passes_gymnasiums_checks(hand):
+    """gymnasium's own check_env; spaces, facts and infos of the contract; it is registered."""
+    from gymnasium.utils.env_checker import check_env
+    check_env(hand, skip_render_check=True)
+    assert hand.action_space.shape == (20,) and hand.model.nu == 20 and hand.model.njnt == 24 + 2
+    assert hand.episode_steps == 75 and hand.SUBSTEPS * hand.model.opt.timestep == pytest.approx(.1)
+    env = gym.make("cmil/Baoding-v0", episode_steps=5)
+    image, info = env.reset(seed=0)
+    assert image.shape == (64, 64, 3) and image.std() > 20
+    assert info["rotation"] == info["error"] == 0 and info["dropped"] is False
+    assert info["tasks"] == () and not info["success"]
+    ends = [env.step(np.zeros(20, np.float32))[2:4] for _ in range(5)]
+    assert ends == [(False, False)] * 4 + [(False, True)]
+    env.close()
+
+
+@needs_kitchen
+def test_baoding_reset_is_a_fresh_start(hand):
+    """reset(seed) after part of an episode equals a fresh hand, bit for bit; seeds differ."""
+    fresh, policy = envs.make_env("baoding"), random_policy(20, 1)
+    hand.reset(seed=3)
+    for t in range(10):
+        hand.step(policy(t))
+    results = []
+    for env in (hand, fresh):
+        policy, images = random_policy(20, 2), [env.reset(seed=7)[0]]
+        images += [env.step(policy(t))[0] for t in range(5)]
+        results.append((np.stack(images), env.data.qpos.copy(), env._info()))
+    fresh.close()
+    assert np.array_equal(results[0][0], results[1][0])
+    assert np.array_equal(results[0][1], results[1][1]) and results[0][2] == results[1][2]
+    hand.reset(seed=8)
+    first = hand.data.qpos.copy()
+    hand.reset(seed=9)
+    assert np.abs(first - hand.data.qpos)[hand._hand].std() > .005       # the start is wide
+    assert np.abs(hand.balls_in(first) - hand.balls_in(hand.data.qpos)).max() > 5e-4
+
+
+@needs_kitchen
+def test_holding_still_and_flailing_fail(monkeypatch):
+    """Zero actions keep the balls and turn nothing; random ones drop them, and the episode goes on.
+    """
+    monkeypatch.setattr(envs.Baoding, "_frame", black)
+    env = envs.make_env("baoding")
+    for seed in range(3):
+        _, infos, ends = episode(env, seed, lambda t: np.zeros(20, np.float32))
+        assert not infos[-1]["dropped"] and abs(infos[-1]["rotation"]) < .1
+        assert not infos[-1]["success"] and ends[:, 1].tolist() == [False] * 74 + [True]
+        _, infos, ends = episode(env, seed, random_policy(20, seed))
+        assert [info["dropped"] for info in infos].index(True) < 30 and infos[-1]["dropped"]
+        assert not any(info["success"] for info in infos) and len(ends) == 75
+    env.close()
+
+
+def rolled(env, turns, radius=1.0, lowest=.16):
+    """Positions (76, nq) of balls that go round the targets' ellipse, scaled by `radius`, at an
+    even pace and clockwise; one ball is at height `lowest` once."""
+    qpos = np.tile(env.model.qpos0, (76, 1))
+    angle = -2 * np.pi * turns * np.arange(76) / 75
+    for ball, half in zip(env._balls, (0, np.pi)):
+        qpos[:, ball] = env.CENTRE[0] + radius * env.AXES[0] * np.cos(angle + half)
+        qpos[:, ball + 1] = env.CENTRE[1] + radius * env.AXES[1] * np.sin(angle + half)
+        qpos[:, ball + 2] = .16
+    qpos[40, env._balls[1] + 2] = lowest
+    return qpos
+
+
+@needs_kitchen
+@pytest.mark.parametrize("case, turns, error, dropped, success", [
+    (dict(turns=1.25), 1.25, 0, False, True),                # on the targets all the time
+    (dict(turns=1.25, lowest=.101), 1.25, 0, False, True),
+    (dict(turns=1.25, lowest=.099), 1.25, 0, True, False),   # one ball was out of the hand once
+    (dict(turns=-1.25), -1.25, None, False, False),          # the other way round
+    (dict(turns=1.05), 1 + math.atan(1.8 * math.tan(.1 * math.pi)) / (2 * math.pi), None, False,
+     False),                                                 # 1.084: too few, though near
+    (dict(turns=1.25, radius=1.6), 1.25, .0174, False, True),
+    (dict(turns=1.25, radius=1.75), 1.25, .0217, False, False)])         # too far from the targets
+def test_what_counts_as_turning_the_balls(hand, case, turns, error, dropped, success):
+    """Rotation, error, drop and success of made-up trajectories, known in advance.
+
+    The mean distance to the targets of balls on an ellipse r times as large is r - 1 times the mean
+    distance of the ellipse from its centre, here over 75 evenly spaced parameters.
+    """
+    done = hand.tasks_in(rolled(hand, **case))
+    hand._t = 75
+    info = hand._info()
+    assert info["rotation"] == pytest.approx(turns, abs=1e-6) and info["dropped"] == dropped
+    if error is not None:
+        assert info["error"] == pytest.approx(error, abs=2e-4)
+    assert done == (("turn",) if success else ()) and info["success"] == success
+
+
+@needs_kitchen
+def test_baoding_targets(hand):
+    """They start along the balls' line, lie opposite each other and come back after 60 steps."""
+    hand._begin(rolled(hand, 1.25)[0])
+    first = hand.targets(0)
+    assert np.allclose(first, hand.balls_in(rolled(hand, 1.25)[0])[:, :2])
+    assert np.allclose(first.mean(0), hand.CENTRE) and np.allclose(hand.targets(60), first)
+    quarter = hand.targets(np.array([0, 15]))[:, 0] - hand.CENTRE                    # (2, 2)
+    assert np.allclose(quarter[1] / hand.AXES, [[0, 1], [-1, 0]] @ (quarter[0] / hand.AXES))
+
+
+@needs_kitchen
+def test_baoding_actions_are_joint_targets(hand):
+    """Zero is HAND_POSE; +-1 stay inside the actuators' ranges, nine tenths of the way to them."""
+    names = [hand.model.actuator(i).name.replace("robot0:A_", "") for i in range(20)]
+    zero = hand.control(np.zeros(20))
+    assert np.allclose(zero, [envs.HAND_POSE[name] for name in names])
+    low, high = hand.model.actuator_ctrlrange.T
+    for sign, end in ((1, high), (-1, low)):
+        assert np.allclose(hand.control(np.full((3, 20), sign)) - zero, .9 * (end - zero))

@@ -30,10 +30,10 @@ import mujoco
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import envs                   # the project's environments, one folder up
+import envs                                                     # noqa: E402  one folder up
+from recording import fail, roll, save, undrawn                 # noqa: E402  beside this file
 
 # ---- the robot ------------------------------------------------------------------------------
-STEPS = 280                   # fixed length of an episode
 DT = 0.08                     # s: the environment's target is q_measured + 2 rad/s * DT * action
 REACH = 2 * DT                # rad a full action (+-1) puts the target ahead of the joint
 ARM = slice(0, 7)             # qpos and action layout: seven arm joints, then the two fingers
@@ -244,7 +244,7 @@ PHASES = [
     Phase("sl_in", CLOSED, 15, at(-0.175, 0.635, 2.57), near=0.02, contact=True),
     Phase("sl_push", CLOSED, 40, lambda s: np.array([s.slide[0] + 0.06, 0.63, 2.57]),
           lambda s: s.qpos[SLIDE] > 0.36, contact=True, check=lambda s: s.qpos[SLIDE] > 0.25),
-    Phase("rest", CLOSED, STEPS),                         # park at the right, out of the way
+    Phase("rest", CLOSED, np.inf),                        # park at the right, out of the way
 ]
 
 
@@ -321,47 +321,19 @@ class Expert:
 
 
 # ---- episodes -----------------------------------------------------------------------------------
-class UndrawnKitchen(envs.Kitchen):
-    """The project's own Kitchen, without the time that drawing takes."""
-
-    def _frame(self):
-        return np.zeros((envs.IMAGE, envs.IMAGE, 3), np.uint8)
-
-
-def full_state(model, data):
-    kind = mujoco.mjtState.mjSTATE_INTEGRATION
-    state = np.empty(mujoco.mj_stateSize(model, kind))
-    mujoco.mj_getState(model, data, state, kind)
-    return state
-
-
-def roll(env, seed, policy):
-    """An episode of policy(t, data) -> the demo's arrays, and when each task was first done.
-
-        row t      0         1         2      ...     T
-        qpos      q0   ->   q1   ->   q2      ...    qT        (T+1, nq)  q0: just after reset
-        action         a0        a1           ...              (T, 9)     a_t led to q_t+1
-    """
-    env.reset(seed=seed)
-    start, qpos, actions, done = full_state(env.model, env.data), [env.data.qpos.copy()], [], {}
-    for t in range(STEPS):
-        actions.append(policy(t, env.data))
-        info = env.step(actions[-1])[4]
-        qpos.append(env.data.qpos.copy())
+def first_done(infos):
+    """Task -> the step at which it was first completed, from the infos of all steps."""
+    done = {}
+    for t, info in enumerate(infos):
         done = {**dict.fromkeys(info["tasks"], t + 1), **done}
-    return {"seed": seed, "start": start, "qpos": np.array(qpos, np.float32),
-            "action": np.array(actions, np.float32)}, done
+    return done
 
 
 def expert_episode(env, scene, seed):
     """The expert's episode for this seed, which fixes all of its variation too."""
     expert = Expert(scene, np.random.default_rng(seed))
-    return roll(env, seed, lambda t, data: expert.act(data.qpos, data.qfrc_bias[ARM]))
-
-
-def fail(message):
-    print(f"make_kitchen.py: {message}", file=sys.stderr)
-    sys.exit(2)
+    demo, infos = roll(env, seed, lambda t, data: expert.act(data.qpos, data.qfrc_bias[ARM]))
+    return demo, first_done(infos)
 
 
 def arguments():
@@ -385,7 +357,7 @@ def arguments():
 def main():
     args, began = arguments(), time.time()
     try:
-        env = UndrawnKitchen()
+        env = undrawn(envs.Kitchen)()
     except envs.UserError as error:
         fail(str(error))
     scene, demos, last, tries = Scene(env.model), [], [], 0
@@ -401,18 +373,10 @@ def main():
               + ", ".join(f"{task} {done.get(task, '-')}" for task in env.TASKS)
               + f", {len(held)} hold at the end", flush=True)
         if good:
-            # The file is worth nothing unless seed and actions alone bring the same states back.
-            again, _ = roll(env, seed, lambda t, data: demo["action"][t])
-            if not np.array_equal(again["qpos"], demo["qpos"]):
-                fail(f"seed {seed} does not replay: the simulator is not deterministic here")
             demos.append(demo)
             last.append(max(done.values()))
 
-    arrays = {key: np.stack([demo[key] for demo in demos]) for key in demos[0]}
-    temporary = args.out.with_name(args.out.name + ".tmp")       # never leaves half a file behind
-    with open(temporary, "wb") as file:
-        np.savez_compressed(file, env="kitchen", mujoco=mujoco.__version__, **arrays)
-    os.replace(temporary, args.out)
+    save(args.out, "kitchen", env, demos)
     print(f"{args.n} of {tries} attempts succeeded ({args.n / tries:.0%}), the last task at step "
           f"{np.mean(last):.0f} +- {np.std(last):.0f} ({min(last)}-{max(last)}); {args.out}, "
           f"{args.out.stat().st_size / 1e6:.2f} MB, in {time.time() - began:.0f} s")

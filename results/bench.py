@@ -51,10 +51,10 @@ def bench(explicit):
         image, carry = vec.reset(seed=0)[0], None
         for _ in range(trainer.T):
             action, carry = agent.act(image, carry)
-            cmil.step_async(vec, action)
+            vec.step_async(action)
             for _ in range(each):
                 update(replay)
-            image = cmil.step_wait(vec)[0]
+            image = vec.step_wait()[0]
             yield
 
     updates = rate(lambda: update(replay))

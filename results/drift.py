@@ -11,10 +11,16 @@ The run is the one that cmil.py makes (its random numbers are left alone); metri
     watch/u_dream                              and along the policy's
     watch/grad_reward, _penalty, _value,       norm of each term's gradient at the actor's weights;
     _entropy, _bc                              they add up to [W6] with its BC term
+
+    python results/drift.py --draw RUN [RUN ...] OUT.png
+
+draws all that over the updates, a column for each run.
 """
+import json
 import pathlib
 import sys
 
+import numpy as np
 import torch
 
 sys.path[:0] = map(str, pathlib.Path(__file__).parents[:2])
@@ -72,6 +78,52 @@ class Watched(cmil.Trainer):
         super().log(values)
 
 
+PANELS = {  # title -> names in metrics.jsonl; a name and its _std are drawn as a line and a band
+    "tasks an episode": ("eval/tasks", "train/tasks"),
+    "logit of D": ("watch/logit_expert", "watch/logit_replay", "watch/logit_dream"),
+    "reward [P10]": ("reward",),
+    "critics' squared error [W7]": ("critic/model",),
+    "gradient norms at the actor": tuple(
+        f"watch/grad_{term}" for term in ("bc", "value", "reward", "penalty", "entropy")),
+    "cloning loss, entropy": ("bc", "entropy"),
+    "disagreement [P9]": ("watch/u_expert", "watch/u_replay", "watch/u_dream"),
+}
+LOGARITHMIC = ("critics' squared error [W7]", "gradient norms at the actor")
+
+
+def draw(runs, out):
+    """The panels for each run in `runs` (folders) into the picture `out`."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(len(PANELS), len(runs), squeeze=False, sharex="col", sharey="row",
+                                layout="constrained",
+                                figsize=(4.5 * len(runs), 1.8 * len(PANELS)))
+    for column, run in enumerate(runs):
+        lines = [json.loads(line) for line in open(pathlib.Path(run) / "metrics.jsonl")]
+        for axis, (title, names) in zip(axes[:, column], PANELS.items()):
+            for index, name in enumerate(names):
+                points = [line for line in lines if name in line]
+                x, y = ([line[key] for line in points] for key in ("update", name))
+                axis.plot(x, y, f"C{index}", lw=1, label=name.split("/")[-1].split("_")[-1]
+                          if name.startswith("watch/") else name)
+                if points and name + "_std" in points[0]:
+                    spread = np.array([line[name + "_std"] for line in points])
+                    axis.fill_between(x, y - spread, y + spread, color=f"C{index}", alpha=.15, lw=0)
+            axis.set_yscale("log" if title in LOGARITHMIC else "linear")
+            axis.set_title(title, fontsize=8)
+            axis.grid(alpha=.3)
+            if column == 0:
+                axis.legend(fontsize=6, loc="upper left")
+        axes[0, column].set_title(f"{pathlib.Path(run).name}\ntasks an episode", fontsize=8)
+        axes[-1, column].set_xlabel("update")
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
+    if "--draw" in sys.argv[1:2]:
+        *folders, picture = sys.argv[2:]
+        sys.exit(draw(folders, picture))
     explicit, _ = cmil.parse(sys.argv[1:])
     Watched(cmil.make_config(explicit)).run()

@@ -7,6 +7,7 @@ but the last two, then a ridge regression from feat to the simulator's positions
 each, measured on those last two, which nothing was fitted to: the error in the arm's joints (rad),
 the fingers (mm), each object's joint or the kettle's place as a share of its own spread (0: known,
 1: nothing known), the cloning loss, and the pictures' error where they move and where they do not.
+With --episodes RUN the world model learns from the episodes of that run too.
 """
 import argparse
 import json
@@ -46,18 +47,33 @@ def look(agent, demos):
     return post.feat, cmil.to_float(image), action, agent.world.decoder(post.feat)
 
 
-def measure(c, updates, demos, qpos):
+def update(agent, replay):
+    """The world model on everything, cloning on the demonstrations: the start, with more data."""
+    image, action = replay.sample(agent.c.batch)
+    expert_image, expert_action = replay.sample_demos(agent.c.batch)
+    rssm, encoder = agent.world.rssm, agent.world.encoder
+    image = cmil.to_float(image)
+    post = rssm.observe(encoder(image), action)
+    world_loss, info = cmil.world_model_loss(agent.world, image, post, agent.c)
+    with torch.no_grad():
+        expert = rssm.observe(encoder(cmil.to_float(expert_image)), expert_action)
+    bc_loss = cmil.clone_loss(agent.actor, expert.feat, expert_action)
+    return agent.apply({"world": world_loss, "actor": bc_loss}, info)
+
+
+def measure(c, updates, demos, qpos, episodes):
     device = cmil.setup_torch(c)
     torch.manual_seed(c.seed)
     actions = demos[0]["action"].shape[1]
     fit, held = demos[:-HELD_OUT], demos[-HELD_OUT:]
     agent = cmil.Agent(c, actions, device)
-    replay = cmil.Replay(sum(len(d["image"]) for d in fit), c.length, actions, device)
-    for demo in fit:
-        replay.add(demo["image"], demo["action"], demo=True)
+    rows = sum(len(episode["image"]) for episode in fit + episodes)
+    replay = cmil.Replay(rows, c.length, actions, device)
+    for i, episode in enumerate(fit + episodes):
+        replay.add(episode["image"], episode["action"], demo=i < len(fit))
     start = time.perf_counter()
     for _ in range(updates):
-        agent.clone_update(replay)
+        update(agent, replay) if episodes else agent.clone_update(replay)
     seconds = (time.perf_counter() - start) / updates
     feat, *_ = look(agent, fit)
     read = ridge(feat.flatten(0, 1).numpy(), qpos[:, :-HELD_OUT].reshape(-1, qpos.shape[-1]))
@@ -82,16 +98,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--variants", nargs="+", default=[""])
     parser.add_argument("--updates", type=int, default=1500)
+    parser.add_argument("--episodes", metavar="RUN", help="learn from a run's episodes too")
     args, flags = parser.parse_known_args()
     base = ["--env", "kitchen", "--preset", "small", "--algo", "dbc", "--logdir", "unused", *flags]
     with np.load(pathlib.Path(cmil.__file__).parent / "demos" / "kitchen.npz") as stored:
         qpos = stored["qpos"].astype(np.float64)
-    demos = None
+    demos, episodes = None, []
+    for file in sorted(pathlib.Path(args.episodes, "episodes").iterdir()) if args.episodes else []:
+        with np.load(file) as stored:
+            episodes.append(dict(stored))
     for variant in args.variants:
         c = cmil.make_config(cmil.parse(base + shlex.split(variant))[0])
         demos = demos or envs.load_demos("", "kitchen", **cmil.env_options(c))
         rows = qpos[:, :len(demos[0]["image"])].swapaxes(0, 1)               # (T+1, demos, nq)
-        print(json.dumps({"variant": variant, **measure(c, args.updates, demos, rows)}), flush=True)
+        print(json.dumps({"variant": variant, "updates": args.updates, "episodes": len(episodes),
+                          **measure(c, args.updates, demos, rows, episodes)}), flush=True)
 
 
 if __name__ == "__main__":

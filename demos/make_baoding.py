@@ -1,0 +1,224 @@
+"""Expert that makes the demonstrations for the Baoding balls, by looking ahead in the simulator.
+
+    python demos/make_baoding.py --n 20 --seed 0 --out demos/baoding.npz
+
+The expert is model-predictive path integral control, MPPI (Williams et al. 2017), on the simulator
+itself: at each step it tries N noisy variations of its plan for the next H steps, and its new plan
+is their mean, weighted by exp(-cost / temperature); it executes the plan's first action.
+
+    plan      a_t  a_t+1 ... a_t+H-1      N variations: noise that is correlated along the horizon
+    cost           c_t+1 ... c_t+H        mean over the horizon, the last one twice
+    new plan  sum_n w_n a(n)              then shifted by one step: it starts the next search
+
+Unguided, this finds a way to turn the balls, with rough actions, in most episodes (stage 1). An
+episode that succeeded is then a REFERENCE for easier searches: the plan is pulled to it, so fewer
+samples do, and deviation and roughness cost something. Six guided episodes, averaged and smoothed,
+are a smoother reference (stages 2 and 3) for the demonstrations (stage 4). Smoothing what was
+executed would drop the balls: all smoothness comes from inside the search.
+
+The file holds simulator states and actions, no pixels: see demos/README.md. Units: m, rad, steps of
+0.1 s. World frame: the palm looks up (+z), the fingers point along +y, the thumb is at +x.
+"""
+import argparse
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import mujoco
+import mujoco.rollout
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import envs                                               # noqa: E402  one folder up
+from recording import fail, full_state, roll, save, undrawn  # noqa: E402  beside this file
+
+CORRELATION = 0.4                     # of the noise of one step of the plan with the next
+SCALE = (0.25, 1.2)                   # each sample's noise is sigma times e^U(ln .25, ln 1.2)
+TEMPERATURE = (0.1, 0.5)              # half of what the best tenth of the costs spans
+
+
+@dataclass
+class Search:
+    """How hard to look. Costs are those of a step, beside distances in units of 2 cm."""
+    samples: int = 128
+    horizon: int = 8
+    sigma: float = 0.5                # std of an action's noise
+    pull: float = 0.0                 # the plan moves so far towards the reference
+    near: float = 0.0                 # weight of the squared deviation from it
+    smooth: float = 0.0               # weight of the squared change of action
+
+
+PLAIN, GUIDED = Search(), Search(48, 6, 0.2, pull=0.3, near=1.0, smooth=2.0)
+
+
+class Expert:
+    """MPPI for one episode. reference (T, 20): actions to stay near, or None."""
+
+    def __init__(self, env, search, rng, pool, reference=None):
+        self.env, self.search, self.rng, self.pool, self.reference = env, search, rng, pool, reference
+        self.plan = np.zeros((search.horizon, env.action_dim))
+        self.last = np.zeros(env.action_dim)
+        if reference is not None:
+            self.plan[:] = self.ahead(0)
+
+    def ahead(self, t):
+        """The reference for the steps of the plan: (H, 20); its last action goes on for ever."""
+        rows = np.arange(t, t + self.search.horizon)
+        return self.reference[np.minimum(rows, len(self.reference) - 1)]
+
+    def act(self, t, data):
+        """One search from the simulation's present state -> action (20,) float32 in [-1, 1]."""
+        if self.reference is not None:
+            self.plan += self.search.pull * (self.ahead(t) - self.plan)
+        plans = np.clip(self.plan + self.noise(), -1, 1)                   # (N, H, 20)
+        cost = self.cost(t, plans, self.simulate(plans, data))             # (N,)
+        low, share = cost.min(), TEMPERATURE[0]
+        temperature = TEMPERATURE[1] * (np.quantile(cost, share) - low) + 1e-9
+        weight = np.exp((low - cost) / temperature)
+        self.plan = np.tensordot(weight / weight.sum(), plans, 1)          # (H, 20)
+        action = self.plan[0].astype(np.float32)
+        self.plan = np.concatenate([self.plan[1:], self.plan[-1:]])
+        self.last = action
+        return action
+
+    def noise(self):
+        """(N, H, 20), correlated along H, of a scale of its own in each sample; none in the first.
+        """
+        s = self.search
+        fresh = self.rng.normal(size=(s.samples, s.horizon, self.env.action_dim))
+        for h in range(1, s.horizon):
+            fresh[:, h] = (CORRELATION * fresh[:, h - 1]
+                           + np.sqrt(1 - CORRELATION ** 2) * fresh[:, h])
+        scale = np.exp(self.rng.uniform(*np.log(SCALE), size=(s.samples, 1, 1)))
+        scale[0] = 0
+        return s.sigma * scale * fresh
+
+    def simulate(self, plans, data):
+        """Run plans (N, H, 20) in the simulator, side by side -> balls (N, H, 2, 3)."""
+        env, substeps = self.env, self.env.SUBSTEPS
+        state = full_state(env.model, data, mujoco.mjtState.mjSTATE_FULLPHYSICS)
+        control = np.repeat(env.control(plans), substeps, 1)               # (N, H substeps, 20)
+        states, _ = self.pool.rollout(
+            env.model, self.pool.data, state[None], control,
+            initial_warmstart=data.qacc_warmstart[None])
+        qpos = states[:, substeps - 1::substeps, 1:1 + env.model.nq]       # row 0 is the time
+        return env.balls_in(qpos)
+
+    def cost(self, t, plans, balls):
+        """plans (N, H, 20), balls (N, H, 2, 3) -> (N,)"""
+        s, target = self.search, self.env.targets(t + 1 + np.arange(self.search.horizon))  # (H,2,2)
+        distance = np.linalg.norm(balls[..., :2] - target, axis=-1).sum(-1)                # (N, H)
+        line, wanted = (x[..., 0, :2] - x[..., 1, :2] for x in (balls, target))
+        cross = line[..., 0] * wanted[..., 1] - line[..., 1] * wanted[..., 0]
+        angle = np.abs(np.arctan2(cross, (line * wanted).sum(-1)))
+        lowest = balls[..., 2].min(-1)
+        cost = (distance / 0.02 + 1.5 * angle + np.maximum(0, 0.11 - lowest) / 0.005
+                + 20 * (lowest < 0.08))
+        change = np.diff(plans, axis=1, prepend=np.broadcast_to(self.last, plans[:, :1].shape))
+        cost += s.smooth * np.square(change).mean(-1)
+        if self.reference is not None:
+            cost += s.near * np.square(plans - self.ahead(t)).mean(-1)
+        weight = np.ones(s.horizon)
+        weight[-1] = 2
+        return cost @ weight / weight.sum()
+
+
+class Pool(mujoco.rollout.Rollout):
+    """MuJoCo's threads, with their data."""
+
+    def __init__(self, model, threads):
+        super().__init__(nthread=threads)
+        self.data = [mujoco.MjData(model) for _ in range(threads)]
+
+
+def episode(env, seed, search, pool, reference=None):
+    """The expert's episode for this seed, which fixes all of it -> demo, info of the last step."""
+    expert = Expert(env, search, np.random.default_rng(seed), pool, reference)
+    demo, infos = roll(env, seed, expert.act)
+    return demo, infos[-1]
+
+
+def roughness(action):
+    """Mean absolute change of an action from one step to the next: (..., T, 20) -> float."""
+    return float(np.abs(np.diff(action, axis=-2)).mean())
+
+
+def smoothed(actions, width=0.7):
+    """Mean of episodes (N, T, 20), smoothed along T by a Gaussian of `width` steps -> (T, 20)."""
+    offset = np.arange(-3, 4)
+    kernel = np.exp(-0.5 * (offset / width) ** 2)
+    padded = np.pad(np.mean(actions, 0), ((3, 3), (0, 0)), mode="edge")
+    rows = np.arange(len(padded) - 6)[:, None] + offset + 3                # (T, 7)
+    return np.tensordot(padded[rows], kernel / kernel.sum(), ([1], [0]))
+
+
+def collect(env, pool, n, seed, search, reference=None):
+    """`n` successful episodes from reset seeds `seed`, `seed` + 1, ... -> demos, number of tries"""
+    demos, tries = [], 0
+    while len(demos) < n:
+        if tries >= 10 + 3 * n:
+            fail(f"{tries - len(demos)} of {tries} attempts failed: are these the versions of "
+                 "requirements.txt?")
+        began = time.time()
+        demo, info = episode(env, seed + tries, search, pool, reference)
+        print(f"seed {seed + tries}: {'kept' if info['success'] else 'dropped'}, "
+              f"{info['rotation']:.2f} turns, error {1e3 * info['error']:.1f} mm, "
+              f"{'a ball fell, ' if info['dropped'] else ''}roughness "
+              f"{roughness(demo['action']):.3f}, {time.time() - began:.0f} s", flush=True)
+        tries += 1
+        if info["success"]:
+            demos.append(demo)
+    return demos, tries
+
+
+def make_reference(env, pool, seed):
+    """Stages 1 to 3 -> actions (T, 20) for the demonstrations to stay near."""
+    print("stage 1: one success without a reference")
+    demos, _ = collect(env, pool, 1, seed, PLAIN)
+    reference = demos[0]["action"].astype(float)
+    for stage in (2, 3):
+        print(f"stage {stage}: six guided episodes")
+        demos, _ = collect(env, pool, 6, seed + 1000 * stage, GUIDED, reference)
+        reference = smoothed([demo["action"] for demo in demos])
+    return reference
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description="Make demonstrations for the Baoding balls.")
+    parser.error = fail                                                    # one line, no usage text
+    parser.add_argument("--n", type=int, default=20, help="number of demonstrations")
+    parser.add_argument("--seed", type=int, default=0, help="reset seed of the first attempt")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the simulator")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("baoding.npz"))
+    args = parser.parse_args()
+    if args.n < 1 or args.threads < 1:
+        fail(f"--n {args.n} --threads {args.threads}: expected at least 1 of each")
+    if not 0 <= args.seed < 2**31 - 10_000:
+        fail(f"--seed is {args.seed}: expected 0 to 2^31 - 10,001")
+    if args.out.suffix != ".npz":
+        fail(f"--out is {args.out}: expected a name that ends in .npz")
+    if not os.access(args.out.parent, os.W_OK):
+        fail(f"--out is {args.out}: there is no writable folder {args.out.parent}")
+    return args
+
+
+def main():
+    args, began = arguments(), time.time()
+    try:
+        env = undrawn(envs.Baoding)()
+    except envs.UserError as error:
+        fail(str(error))
+    pool = Pool(env.model, args.threads)
+    reference = make_reference(env, pool, args.seed + 1000)
+    print(f"stage 4: the demonstrations ({time.time() - began:.0f} s so far)")
+    demos, tries = collect(env, pool, args.n, args.seed, GUIDED, reference)
+    save(args.out, "baoding", env, demos)
+    print(f"{args.n} of {tries} attempts succeeded; roughness "
+          f"{np.mean([roughness(demo['action']) for demo in demos]):.3f}; {args.out}, "
+          f"{args.out.stat().st_size / 1e6:.2f} MB, in {time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
