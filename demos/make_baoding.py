@@ -50,7 +50,7 @@ class Search:
     smooth: float = 0.0               # weight of the squared change of action
 
 
-PLAIN, GUIDED = Search(), Search(48, 6, 0.2, pull=0.3, near=1.0, smooth=2.0)
+PLAIN, GUIDED = Search(), Search(64, 8, 0.25, pull=0.3, near=0.5, smooth=1.0)
 
 
 class Expert:
