@@ -19,7 +19,6 @@ executed would drop the balls: all smoothness comes from inside the search.
 The file holds simulator states and actions, no pixels: see demos/README.md. Units: m, rad, steps of
 0.1 s. World frame: the palm looks up (+z), the fingers point along +y, the thumb is at +x.
 """
-import argparse
 import os
 import sys
 import time
@@ -32,7 +31,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs                                               # noqa: E402  one folder up
-from recording import fail, full_state, roll, save, undrawn  # noqa: E402  beside this file
+from recording import (                                   # noqa: E402  beside this file
+    arguments, fail, full_state, roll, save, undrawn)
 
 CORRELATION = 0.4                     # of the noise of one step of the plan with the next
 SCALE = (0.25, 1.2)                   # each sample's noise is sigma times e^U(ln .25, ln 1.2)
@@ -57,7 +57,8 @@ class Expert:
     """MPPI for one episode. reference (T, 20): actions to stay near, or None."""
 
     def __init__(self, env, search, rng, pool, reference=None):
-        self.env, self.search, self.rng, self.pool, self.reference = env, search, rng, pool, reference
+        self.env, self.search, self.rng, self.pool = env, search, rng, pool
+        self.reference = reference
         self.plan = np.zeros((search.horizon, env.action_dim))
         self.last = np.zeros(env.action_dim)
         if reference is not None:
@@ -185,27 +186,9 @@ def make_reference(env, pool, seed):
     return reference
 
 
-def arguments():
-    parser = argparse.ArgumentParser(description="Make demonstrations for the Baoding balls.")
-    parser.error = fail                                                    # one line, no usage text
-    parser.add_argument("--n", type=int, default=20, help="number of demonstrations")
-    parser.add_argument("--seed", type=int, default=0, help="reset seed of the first attempt")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the simulator")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("baoding.npz"))
-    args = parser.parse_args()
-    if args.n < 1 or args.threads < 1:
-        fail(f"--n {args.n} --threads {args.threads}: expected at least 1 of each")
-    if not 0 <= args.seed < 2**31 - 10_000:
-        fail(f"--seed is {args.seed}: expected 0 to 2^31 - 10,001")
-    if args.out.suffix != ".npz":
-        fail(f"--out is {args.out}: expected a name that ends in .npz")
-    if not os.access(args.out.parent, os.W_OK):
-        fail(f"--out is {args.out}: there is no writable folder {args.out.parent}")
-    return args
-
-
 def main():
-    args, began = arguments(), time.time()
+    args = arguments("baoding", 20, threads=(os.cpu_count(), "of the simulator"))
+    began = time.time()
     try:
         env = undrawn(envs.Baoding)()
     except envs.UserError as error:

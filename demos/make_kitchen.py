@@ -18,8 +18,6 @@ fraction of the distance it is asked for, and sags under its own weight, unless 
 The file holds simulator states and actions, no pixels: see demos/README.md. Units: m, rad, steps
 of 0.08 s. World frame: x to the right, y into the kitchen, z up; the robot's base is (0, 0, 1.8).
 """
-import argparse
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs                                                     # noqa: E402  one folder up
-from recording import fail, roll, save, undrawn                 # noqa: E402  beside this file
+from recording import arguments, fail, roll, save, undrawn      # noqa: E402  beside this file
 
 # ---- the robot ------------------------------------------------------------------------------
 DT = 0.08                     # s: the environment's target is q_measured + 2 rad/s * DT * action
@@ -336,26 +334,8 @@ def expert_episode(env, scene, seed):
     return demo, first_done(infos)
 
 
-def arguments():
-    parser = argparse.ArgumentParser(description="Make demonstrations for the four-task kitchen.")
-    parser.error = fail                                          # one line, no usage text
-    parser.add_argument("--n", type=int, default=10, help="number of demonstrations")
-    parser.add_argument("--seed", type=int, default=0, help="reset seed of the first attempt")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("kitchen.npz"))
-    args = parser.parse_args()
-    if args.n < 1:
-        fail(f"--n is {args.n}: expected at least 1")
-    if not 0 <= args.seed < 2**31:
-        fail(f"--seed is {args.seed}: expected 0 to 2^31 - 1")
-    if args.out.suffix != ".npz":
-        fail(f"--out is {args.out}: expected a name that ends in .npz")
-    if not os.access(args.out.parent, os.W_OK):
-        fail(f"--out is {args.out}: there is no writable folder {args.out.parent}")
-    return args
-
-
 def main():
-    args, began = arguments(), time.time()
+    args, began = arguments("kitchen", 10), time.time()
     try:
         env = undrawn(envs.Kitchen)()
     except envs.UserError as error:

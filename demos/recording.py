@@ -1,6 +1,8 @@
 """What the experts share: playing an episode, checking that it replays, writing the file."""
+import argparse
 import os
 import sys
+from pathlib import Path
 
 import mujoco
 import numpy as np
@@ -10,6 +12,31 @@ def fail(message):
     """Print one line and exit with code 2."""
     print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def arguments(name, n, **more):
+    """The command line of the expert for `name`: --n (default `n`), --seed, --out, checked.
+
+    more: further options for whole numbers of at least 1, as name=(default, help).
+    """
+    parser = argparse.ArgumentParser(description=f"Make demonstrations for {name}.")
+    parser.error = fail                                                    # one line, no usage text
+    counts = {"n": (n, "number of demonstrations"), **more}
+    for option, (default, text) in counts.items():
+        parser.add_argument(f"--{option}", type=int, default=default, help=text)
+    parser.add_argument("--seed", type=int, default=0, help="reset seed of the first attempt")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name(f"{name}.npz"))
+    args = parser.parse_args()
+    for option in counts:
+        if getattr(args, option) < 1:
+            fail(f"--{option} is {getattr(args, option)}: expected at least 1")
+    if not 0 <= args.seed < 2**31 - 10_000:
+        fail(f"--seed is {args.seed}: expected 0 to 2^31 - 10,001")
+    if args.out.suffix != ".npz":
+        fail(f"--out is {args.out}: expected a name that ends in .npz")
+    if not os.access(args.out.parent, os.W_OK):
+        fail(f"--out is {args.out}: there is no writable folder {args.out.parent}")
+    return args
 
 
 def undrawn(environment):
