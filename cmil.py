@@ -91,7 +91,7 @@ def opt(default, text, choices=None, least=None, most=2**62):
 @dataclasses.dataclass
 class Config:
     # What to run
-    env: str = opt("kitchen", "kitchen, point, or any Gymnasium id or module:Id with --demos")
+    env: str = opt("kitchen", "kitchen, baoding, point; with --demos any Gymnasium id or module:Id")
     algo: str = opt("cmil", "the method: a row of the table ALGOS")
     preset: str = opt("auto", "sizes and schedule; auto: paper on CUDA, small elsewhere",
                       ("auto", "paper", "small", "debug"))
@@ -184,9 +184,15 @@ PRESETS = {
 ENV_PRESETS = {
     # With the paper's sigma the discriminator is blind to single pixels: the policy cuts corners.
     ("point", "small"): dict(sigma=0.5, steps=12_000),
-    ("kitchen", "small"): dict(episode_steps=200,  # the expert is done by ~160 and then rests
+    # Its resets hardly differ: with modes, all episodes of an evaluation would be nearly the same.
+    ("kitchen", "paper"): dict(eval_sample=True),  # [C]
+    ("kitchen", "small"): dict(eval_sample=True,
+                               episode_steps=200,  # the expert is done by ~160 and then rests
                                conv_depth=12, batch=12, length=20, steps=20_000, eval_every=2_000,
                                eval_episodes=10),
+    ("baoding", "paper"): dict(length=25),  # [C]
+    ("baoding", "small"): dict(sigma=0.5, image_std=0.3, conv_depth=12, batch=10, length=25,
+                               steps=30_000, eval_every=3_000, eval_episodes=10),
 }
 
 # A method that differs from CMIL by configuration alone is a row here.
@@ -1529,6 +1535,8 @@ def make_config(explicit):
         reason = "the run's own" if stored else "CUDA is here" if cuda else "no CUDA here"
         print(f"preset {preset} ({reason})", file=sys.stderr)
     overrides = {**PRESETS[preset], **ENV_PRESETS.get((c.env, preset), {}), **ALGOS[c.algo]}
+    if c.tasks:
+        overrides.pop("episode_steps", None)  # the preset's is for all tasks
     c = Config(**{**overrides, **explicit, "preset": preset, "logdir": str(logdir)})
     check_config(c)
     if stored:

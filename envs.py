@@ -752,8 +752,9 @@ def _make_inner(name, episode_steps):
         return gym.make(name, render_mode="rgb_array", **limit), False
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot make environment {name!r} ({reason}): give kitchen, point, or a "
-                        "Gymnasium id, as module:Id if its module must be imported") from error
+        raise UserError(f"cannot make environment {name!r} ({reason}): give kitchen, baoding, "
+                        "point, or a Gymnasium id, as module:Id if its module must be imported"
+                        ) from error
 
 
 # ------------------------------------------------------------------------- making environments
@@ -773,7 +774,7 @@ def _choose_tasks(tasks, valid, name):
 
 
 def make_env(name, seed=None, **options):
-    """Make the environment `name`: "kitchen", "point", or any Gymnasium id or "module:Id".
+    """Make the environment `name`: "kitchen", "baoding", "point", a Gymnasium id or "module:Id".
 
     options, where None means the environment's own: `tasks` (str, "microwave+kettle"),
     `episode_steps` (int, 0 as None), `robot_noise_ratio` (kitchen). `seed` seeds the action space

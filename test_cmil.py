@@ -192,6 +192,8 @@ def test_precedence_of_the_config(tmp_path):
     assert c.offline and c.reward == "none" and c.algo == "dbc"
     c = cmil.make_config({"algo": "dbc", "preset": "debug", "offline": False, "logdir": logdir})
     assert not c.offline and c.episode_steps == 0
+    c = cmil.make_config({"tasks": "kettle", "preset": "small", "logdir": logdir})
+    assert c.episode_steps == 0 and c.steps == cmil.ENV_PRESETS["kitchen", "small"]["steps"]
 
 
 # ------------------------------------------------------------------------------------ helpers
@@ -1613,6 +1615,25 @@ def test_rollouts():
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("flag, sample", [
+    (None, False), ("--eval-sample", True), ("--no-eval-sample", False)])
+def test_evaluations_act_as_they_are_told(flag, sample, uninterrupted, monkeypatch, capsys):
+    """With the modes of policy and latent, or with samples: a run's own setting, or --eval's."""
+    acted, act = [], cmil.Agent.act
+    monkeypatch.setattr(cmil.Agent, "act", lambda self, image, carry, sample: (
+        acted.append(sample) or act(self, image, carry, sample)))
+    words = ["--eval", str(uninterrupted[0]), "--episodes", "1", "--num-envs", "1"]
+    cmil.main(words + [flag] * bool(flag))
+    assert acted == [sample] * 50 and "success" in json.loads(capsys.readouterr().out)
+
+
+def test_the_kitchen_is_evaluated_with_samples(tmp_path):
+    for preset in ("paper", "small"):
+        for env, sample in (("kitchen", True), ("point", False)):
+            c = cmil.make_config({"env": env, "preset": preset, "logdir": str(tmp_path / "run")})
+            assert c.eval_sample == sample
+
+
 def test_gif(tmp_path):
     """save_gif writes all frames, enlarged, readable by imageio."""
     import imageio.v3 as iio
@@ -2395,7 +2416,7 @@ def test_drift_takes_the_actors_loss_apart():
 
 
 def test_drift_draws_what_it_logs(monkeypatch, tmp_path):
-    """Every logged name is in one of the panels, bands are mean -+ std, an offline run draws too."""
+    """Every logged name is in one of the panels, bands are mean -+ std, an offline run too."""
     pytest.importorskip("matplotlib")
     from matplotlib import axes
     drift, filled = script("drift"), []
@@ -2696,8 +2717,9 @@ def test_bad_demos_end_a_run_with_one_line(problem, tmp_path, capsys):
 
 
 needs_kitchen = pytest.mark.skipif(not importlib.util.find_spec("mujoco"), reason="no mujoco here")
-DEMOS = HERE / "demos" / "kitchen.npz"
 TASKS = ("microwave", "kettle", "light switch", "slide cabinet")
+# The shipped demonstrations: environment, how many, what each completes.
+SHIPPED = [("kitchen", 10, TASKS), ("baoding", 20, ("turn",))]
 
 
 @pytest.fixture(scope="module")
@@ -2713,10 +2735,24 @@ def black(env):
     return np.zeros((64, 64, 3), np.uint8)
 
 
+@pytest.fixture(scope="module")
+def hand():
+    """One hand with balls for all tests of it."""
+    env = envs.make_env("baoding")
+    yield env
+    env.close()
+
+
+@pytest.fixture
+def simulator(request):
+    """The one environment with the name that the test is parametrized with."""
+    return request.getfixturevalue({"kitchen": "kitchen", "baoding": "hand"}[request.param])
+
+
 @pytest.fixture
 def dark(monkeypatch):
-    """Kitchens whose frames are not drawn: the physics alone, at a tenth of the time."""
-    monkeypatch.setattr(envs.Kitchen, "_frame", black)
+    """Environments whose frames are not drawn: the physics alone, at a tenth of the time."""
+    monkeypatch.setattr(envs.Simulated, "_frame", black)
 
 
 @needs_kitchen
@@ -2833,8 +2869,8 @@ def test_drawing_does_not_disturb_the_physics(kitchen, monkeypatch):
     assert np.array_equal(*finals)
 
 
-def stored_demos():
-    with np.load(DEMOS, allow_pickle=False) as file:
+def stored_demos(name="kitchen"):
+    with np.load(HERE / "demos" / f"{name}.npz", allow_pickle=False) as file:
         return {key: file[key] for key in file.files}
 
 
@@ -2855,49 +2891,57 @@ def replay_demo(env, demos, i):
 
 
 @needs_kitchen
-def test_kitchen_demos_replay_to_their_states(dark):
-    """All demos, from their reset seeds: qpos within 1e-3 at every step, all four tasks done.
-
-    The physics alone (nothing is drawn), so half a second an episode.
+@pytest.mark.parametrize("name, count, tasks", SHIPPED)
+def test_demos_replay_to_their_states(name, count, tasks, dark):
+    """All demos, from their reset seeds: qpos within 1e-3 at every step, all tasks done; no two
+    are alike. The physics alone (nothing is drawn), so half a second an episode.
     """
-    demos, env = stored_demos(), envs.make_env("kitchen", episode_steps=280)
-    assert len(demos["seed"]) == 10 and str(demos["env"]) == "kitchen"
-    assert len(set(demos["seed"].tolist())) == 10
-    for i in range(10):
+    demos, env = stored_demos(name), envs.make_env(name)
+    assert str(demos["env"]) == name and (HERE / "demos" / f"{name}.npz").stat().st_size <= 1e6
+    assert len(set(demos["seed"].tolist())) == len(demos["seed"]) == count
+    assert demos["action"].shape == (count, env.episode_steps, env.action_dim)
+    for i in range(count):
         error, info = replay_demo(env, demos, i)
         assert error < 1e-3, f"demo {i} is off by {error}"
-        assert set(info["tasks"]) == set(TASKS) and info["success"] and info["n_tasks"] == 4
+        assert set(info["tasks"]) == set(tasks) and info["success"]
+        assert info["n_tasks"] == len(tasks)
     env.close()
+    spread = demos["action"].std(0).mean()                               # over the demonstrations
+    assert spread > .03, spread
 
 
 @needs_kitchen
-def test_kitchen_demo_images_are_the_environments(kitchen):
+@pytest.mark.parametrize("simulator, name, actions", [
+    ("kitchen", "kitchen", 9), ("baoding", "baoding", 20)], indirect=["simulator"])
+def test_demo_images_are_the_environments(simulator, name, actions):
     """A demo's pictures equal the environment's frames when its actions are repeated (12 steps)."""
-    demos = stored_demos()
-    loaded, = envs.load_demos("", "kitchen", 1, episode_steps=12)
-    assert loaded["image"].shape == (13, 64, 64, 3) and loaded["action"].shape == (13, 9)
+    demos = stored_demos(name)
+    loaded, = envs.load_demos("", name, 1, episode_steps=12)
+    assert loaded["image"].shape == (13, 64, 64, 3) and loaded["action"].shape == (13, actions)
     assert np.array_equal(loaded["action"][1:], demos["action"][0, :12])
-    image, _ = kitchen.reset(seed=int(demos["seed"][0]))
+    image, _ = simulator.reset(seed=int(demos["seed"][0]))
     for t in range(13):
         # qpos is stored in float32: an edge may fall on the next pixel's colour, by a little.
         difference = np.abs(image.astype(int) - loaded["image"][t])
         assert difference.mean() < .05 and (difference > 8).mean() < .001, t
         if t < 12:
-            image = kitchen.step(demos["action"][0, t])[0]
+            image = simulator.step(demos["action"][0, t])[0]
 
 
 @needs_kitchen
-def test_kitchen_demos_go_through_render_state(kitchen, monkeypatch, tmp_path):
+@pytest.mark.parametrize("simulator, name", [("kitchen", "kitchen"), ("baoding", "baoding")],
+                         indirect=["simulator"])
+def test_demos_go_through_render_state(simulator, name, monkeypatch, tmp_path):
     """Agent and demos are drawn by the SAME function, or D could tell them apart by style."""
     calls = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(envs, "render_state", lambda *args: calls.append(args) or np.full(
         (64, 64, 3), 7, np.uint8))
-    assert (kitchen.reset(seed=0)[0] == 7).all() and len(calls) == 1
-    demo, = envs.load_demos("", "kitchen", 1, episode_steps=2)
+    assert (simulator.reset(seed=0)[0] == 7).all() and len(calls) == 1
+    demo, = envs.load_demos("", name, 1, episode_steps=2)
     assert (demo["image"] == 7).all() and len(calls) == 4
     assert calls[0][2:] == calls[3][2:]                  # the same camera and detail
-    envs.load_demos("", "kitchen", 1, episode_steps=2)
+    envs.load_demos("", name, 1, episode_steps=2)
     assert len(calls) == 4                               # the second time they come from the cache
 
 
@@ -3041,14 +3085,6 @@ def test_the_readme_explains_what_is_logged(uninterrupted):
 # ------------------------------------------------------------------------------------ baoding
 
 
-@pytest.fixture(scope="module")
-def hand():
-    """One hand with balls for all tests of it."""
-    env = envs.make_env("baoding")
-    yield env
-    env.close()
-
-
 @needs_kitchen
 def test_baoding_passes_gymnasiums_checks(hand):
     """gymnasium's own check_env; spaces, facts and infos of the contract; it is registered."""
@@ -3089,10 +3125,9 @@ def test_baoding_reset_is_a_fresh_start(hand):
 
 
 @needs_kitchen
-def test_holding_still_and_flailing_fail(monkeypatch):
+def test_holding_still_and_flailing_fail(dark):
     """Zero actions keep the balls and turn nothing; random ones drop them, and the episode goes on.
     """
-    monkeypatch.setattr(envs.Baoding, "_frame", black)
     env = envs.make_env("baoding")
     for seed in range(3):
         _, infos, ends = episode(env, seed, lambda t: np.zeros(20, np.float32))
@@ -3162,3 +3197,74 @@ def test_baoding_actions_are_joint_targets(hand):
     low, high = hand.model.actuator_ctrlrange.T
     for sign, end in ((1, high), (-1, low)):
         assert np.allclose(hand.control(np.full((3, 20), sign)) - zero, .9 * (end - zero))
+
+
+@pytest.fixture
+def maker(monkeypatch):
+    """demos/make_baoding.py as a module."""
+    monkeypatch.syspath_prepend(HERE / "demos")
+    import make_baoding
+    return make_baoding
+
+
+@needs_kitchen
+def test_the_baoding_expert_is_deterministic(maker, dark):
+    """A seed fixes its episode, whatever the number of threads; another seed's is another."""
+    env, search = envs.make_env("baoding", episode_steps=3), maker.Search(8, 3)
+    played = [maker.episode(env, seed, search, maker.Pool(env.model, threads))[0]
+              for seed, threads in ((0, 1), (0, 2), (1, 1))]
+    env.close()
+    assert np.array_equal(played[0]["action"], played[1]["action"])
+    assert np.array_equal(played[0]["qpos"], played[1]["qpos"])
+    assert not np.array_equal(played[0]["action"], played[2]["action"])
+    assert played[0]["action"].shape == (3, 20) and np.abs(played[0]["action"]).max() <= 1
+
+
+@needs_kitchen
+def test_the_baoding_experts_noise(maker, hand):
+    """Sample 0 has none; steps correlate by .4; its std is sigma times the mean square scale."""
+    search = maker.Search(samples=4000, horizon=4, sigma=.5)
+    noise = maker.Expert(hand, search, np.random.default_rng(0), None).noise()     # (N, H, 20)
+    assert not noise[0].any() and noise[1:].any(axis=(1, 2)).all()
+    low, high = maker.SCALE
+    expected = .25 * (high**2 - low**2) / (2 * math.log(high / low))     # E[(sigma e^U)^2]
+    variance = (noise[1:] ** 2).mean((0, 2))                             # (H,)
+    assert np.allclose(variance, expected, rtol=.05)
+    assert (noise[1:, :-1] * noise[1:, 1:]).mean() == pytest.approx(.4 * expected, rel=.05)
+
+
+@needs_kitchen
+def test_the_baoding_experts_cost(maker, hand):
+    """Against its terms written out for one step of one sample: distances in units of 2 cm, the
+    line's angle, a low ball, a lost ball, change of action, deviation from the reference."""
+    hand.reset(seed=0)
+    search = maker.Search(samples=2, horizon=2, near=.5, smooth=2.)
+    expert = maker.Expert(hand, search, np.random.default_rng(0), None, np.full((5, 20), .1))
+    expert.last = np.full(20, .3)
+    target = hand.targets(np.array([4, 5]))                              # after steps 3 and 4
+    balls = np.full((2, 2, 2, 3), .15)
+    balls[..., :2] = target
+    balls[1, 1, 0, :2] = target[1, 1]                                    # swapped: half a turn off
+    balls[1, 1, 1, :2] = target[1, 0]
+    balls[1, 1, 0, 2] = .07                                              # and one has fallen
+    plans = np.zeros((2, 2, 20))
+    plans[1, 1] = .5
+    apart = np.linalg.norm(target[1, 0] - target[1, 1])
+    steps = [[2 * .3**2 + .5 * .1**2, .5 * .1**2],
+             [2 * .3**2 + .5 * .1**2, 2 * apart / .02 + 1.5 * math.pi + .04 / .005 + 20
+              + 2 * .5**2 + .5 * .4**2]]
+    expected = [(first + 2 * last) / 3 for first, last in steps]
+    assert np.allclose(expert.cost(3, plans, balls), expected)
+
+
+@needs_kitchen
+def test_smoothing_keeps_a_steady_action(maker):
+    """The mean of episodes; a constant stays; a single peak is spread by a kernel of sum 1."""
+    actions = np.zeros((2, 9, 1))
+    actions[0] = 1
+    assert np.allclose(maker.smoothed(actions), .5)
+    peak = np.zeros((1, 9, 1))
+    peak[0, 4] = 1
+    spread = maker.smoothed(peak)[:, 0]
+    assert spread.sum() == pytest.approx(1) and spread[4] == spread.max() < .8
+    assert spread[3] / spread[4] == pytest.approx(math.exp(-.5 / .7**2))

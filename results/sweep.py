@@ -31,7 +31,7 @@ def folder_of(out, variant, seed):
 
 
 # Final evaluations: with the modes of policy and latents, and with samples.
-EVALUATIONS = {"eval.json": [], "eval-sampled.json": ["--eval-sample"]}
+EVALUATIONS = {"eval.json": ["--no-eval-sample"], "eval-sampled.json": ["--eval-sample"]}
 
 
 def train_and_evaluate(out, variant, seed, flags, episodes):
