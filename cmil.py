@@ -708,14 +708,7 @@ def critic_loss(critics, targets, dream, replay_feat, replay_action, c):
     return model_loss + data_loss, {**info, "critic/data": data_loss}
 
 
-# --- The agent: networks, optimizers, and the gradient step ---------------------------------------
-#
-# loss            updates         gradient flows through, not into      cut
-# world model     world model     -                                     -
-# discriminator   discriminator   -                                     its inputs
-# actor           actor           dynamics, disagreement, D, critics    the policy's own input
-# BC              actor           -                                     the expert's states
-# critics         critics         -                                     states, actions, targets
+# --- Optimizers, recorded steps, and what every method has ----------------------------------------
 
 
 class Optimizer:
@@ -804,34 +797,19 @@ class Graphed:
             generator.graphsafe_set_state(generator.clone_state())
 
 
-class Agent:
-    """Everything that learns. c: Config; action: A; device: torch.device."""
+class Learner:
+    """What every method has: networks with an optimizer each, a count of updates, a state to save.
+    `critics`, if they are among the networks, have `targets` that follow them."""
 
-    def __init__(self, c, action, device):
-        feat = c.stoch + c.deter
-        self.c, self.device = c, device
-        self.world = initialize(WorldModel(c, action)).to(device)
-        self.actor = initialize(Actor(feat, action, c.units, c.layers)).to(device)
-        self.disc = initialize(Discriminator(feat, action, c.disc_units, c.disc_layers)).to(device)
-        self.critics = Critics(c.critics, feat, action, c.units, c.layers).to(device)
-        self.targets = copy.deepcopy(self.critics).requires_grad_(False)
-        self.opts = {"world": Optimizer(self.world, c.lr, c),
-                     "actor": Optimizer(self.actor, c.lr, c),
-                     "disc": Optimizer(self.disc, c.disc_lr, c),
-                     "critic": Optimizer(self.critics, c.lr, c)}
-        self.updates = 0
-        if c.compile:
-            self.compile()
+    def __init__(self, c, device, **networks):
+        self.c, self.device, self.updates, self.networks = c, device, 0, networks
+        for name, network in networks.items():
+            setattr(self, name, initialize(network).to(device))
+        if "critics" in networks:
+            self.targets = copy.deepcopy(self.critics).requires_grad_(False)
+        self.opts = {name: Optimizer(network, c.disc_lr if name == "disc" else c.lr, c)
+                     for name, network in networks.items()}
         self.record_anew()
-
-    def compile(self):
-        """Fuse the small operations of the latent model's steps."""
-        if not any(map(shutil.which, ("cc", "gcc", "g++", "clang"))):
-            die("--compile needs a C compiler, and there is none here (Debian: apt install g++)")
-        torch._dynamo.config.cache_size_limit = 64  # batch sizes, with and without gradients
-        rssm = self.world.rssm
-        for name in ("step_post", "step_prior"):  # methods: modules would rename their weights
-            setattr(rssm, name, torch.compile(getattr(rssm, name), dynamic=False))
 
     def record_anew(self):
         """Forget recorded graphs: they hold on to memory, and to the tensors they were made with.
@@ -844,6 +822,94 @@ class Agent:
         auto = "bfloat16" if self.device.type == "cuda" else "float32"
         precision = auto if self.c.precision == "auto" else self.c.precision
         return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+    def clone_update(self, replay):
+        """One clone_step, as a graph on CUDA, and what the host does after it -> info."""
+        return self.count(self.graphed_clone_step(replay))
+
+    def update(self, replay):
+        """One gradient_step, likewise."""
+        if self.graphed_clone_step.graph:
+            self.record_anew()  # the start is over
+        return self.count(self.graphed_gradient_step(replay))
+
+    def count(self, info):
+        """Count the update; on schedule copy the critics to their targets."""
+        self.updates += 1
+        if self.updates % self.c.target_every == 0:
+            for target, source in zip(self.targets.parameters(), self.critics.parameters()):
+                target.data.copy_(source.data)
+        return info
+
+    def apply(self, losses, info):
+        """Take all gradients, then all steps."""
+        grads = {name: self.opts[name].gradients(loss) for name, loss in losses.items()}
+        for name, grad in grads.items():
+            info[f"grad/{name}"] = self.opts[name].step(grad)
+        return {name: value.detach() for name, value in info.items()}
+
+    def skipped_in_a_row(self):
+        """Network -> how many of its latest updates in a row had a non-finite gradient."""
+        return {name: int(opt.skipped_now) for name, opt in self.opts.items()}
+
+    def state_dict(self):
+        """A deep copy on the CPU of all that an update changes: tensors and plain values only."""
+        modules = {n: getattr(self, n).state_dict() for n in (*self.networks, "targets")}
+        opts = {n: {"adam": o.adam.state_dict(), "skipped": o.skipped, "skipped_now": o.skipped_now}
+                for n, o in self.opts.items()}
+        state = {"modules": modules, "opts": opts, "updates": self.updates,
+                 "rng": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["rng_cuda"] = torch.cuda.get_rng_state(self.device)
+        return torch.utils._pytree.tree_map(
+            lambda x: x.detach().cpu().clone() if torch.is_tensor(x) else x, state)
+
+    def load_state_dict(self, state):
+        for name, weights in state["modules"].items():
+            getattr(self, name).load_state_dict(weights)
+        for name, saved in state["opts"].items():
+            self.opts[name].adam.load_state_dict(saved["adam"])
+            for group in self.opts[name].adam.param_groups:  # it may come from another device
+                group["capturable"] = self.opts[name].capturable
+            self.opts[name].skipped.copy_(saved["skipped"])
+            self.opts[name].skipped_now.copy_(saved["skipped_now"])
+        self.updates = state["updates"]
+        torch.set_rng_state(state["rng"])
+        if "rng_cuda" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng_cuda"], self.device)
+        self.record_anew()
+
+
+# --- The agent: acting, and the gradient step -----------------------------------------------------
+#
+# loss            updates         gradient flows through, not into      cut
+# world model     world model     -                                     -
+# discriminator   discriminator   -                                     its inputs
+# actor           actor           dynamics, disagreement, D, critics    the policy's own input
+# BC              actor           -                                     the expert's states
+# critics         critics         -                                     states, actions, targets
+
+
+class Agent(Learner):
+    """CMIL: everything that learns. c: Config; action: A; device: torch.device."""
+
+    def __init__(self, c, action, device):
+        feat = c.stoch + c.deter
+        super().__init__(
+            c, device, world=WorldModel(c, action), actor=Actor(feat, action, c.units, c.layers),
+            disc=Discriminator(feat, action, c.disc_units, c.disc_layers),
+            critics=Critics(c.critics, feat, action, c.units, c.layers))
+        if c.compile:
+            self.compile()
+
+    def compile(self):
+        """Fuse the small operations of the latent model's steps."""
+        if not any(map(shutil.which, ("cc", "gcc", "g++", "clang"))):
+            die("--compile needs a C compiler, and there is none here (Debian: apt install g++)")
+        torch._dynamo.config.cache_size_limit = 64  # batch sizes, with and without gradients
+        rssm = self.world.rssm
+        for name in ("step_post", "step_prior"):  # methods: modules would rename their weights
+            setattr(rssm, name, torch.compile(getattr(rssm, name), dynamic=False))
 
     # -- acting --
 
@@ -865,24 +931,6 @@ class Agent:
         return action.cpu().numpy(), (state, action)
 
     # -- learning --
-
-    def clone_update(self, replay):
-        """One clone_step, as a graph on CUDA, and what the host does after it -> info."""
-        return self.count(self.graphed_clone_step(replay))
-
-    def update(self, replay):
-        """One gradient_step, likewise."""
-        if self.graphed_clone_step.graph:
-            self.record_anew()  # the start is over
-        return self.count(self.graphed_gradient_step(replay))
-
-    def count(self, info):
-        """Count the update; on schedule copy the critics to their targets."""
-        self.updates += 1
-        if self.updates % self.c.target_every == 0:
-            for target, source in zip(self.targets.parameters(), self.critics.parameters()):
-                target.data.copy_(source.data)
-        return info
 
     def clone_step(self, replay):
         """The start: one step of the world model and of behaviour cloning on its latents."""
@@ -937,16 +985,9 @@ class Agent:
             # Actor: up the returns, through the model; and stay near the demonstrations.
             pi_loss, pi_info = actor_loss(self.critics, dream, reward, c)               # [W6]
             bc_loss = clone_loss(self.actor, expert_feat, expert_action)
-        losses = {"world": world_loss, "disc": disc_loss, "critic": q_loss,
+        losses = {"world": world_loss, "disc": disc_loss, "critics": q_loss,
                   "actor": pi_loss + c.beta * bc_loss}
         return self.apply(losses, {**info, **disc_info, **q_info, **pi_info, "bc": bc_loss})
-
-    def apply(self, losses, info):
-        """Take all gradients, then all steps."""
-        grads = {name: self.opts[name].gradients(loss) for name, loss in losses.items()}
-        for name, grad in grads.items():
-            info[f"grad/{name}"] = self.opts[name].step(grad)
-        return {name: value.detach() for name, value in info.items()}
 
     # -- reports, at log steps only --
 
@@ -974,40 +1015,6 @@ class Agent:
             _, spread = self.open_loop(image, action, context)
         return {"uncertainty_expert": spread.mean(),
                 "skipped": sum(o.skipped for o in self.opts.values())}
-
-    def skipped_in_a_row(self):
-        """Network -> how many of its latest updates in a row had a non-finite gradient."""
-        return {name: int(opt.skipped_now) for name, opt in self.opts.items()}
-
-    # -- state --
-
-    def state_dict(self):
-        """A deep copy on the CPU of all that an update changes: tensors and plain values only."""
-        modules = {n: getattr(self, n).state_dict()
-                   for n in ("world", "actor", "disc", "critics", "targets")}
-        opts = {n: {"adam": o.adam.state_dict(), "skipped": o.skipped, "skipped_now": o.skipped_now}
-                for n, o in self.opts.items()}
-        state = {"modules": modules, "opts": opts, "updates": self.updates,
-                 "rng": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["rng_cuda"] = torch.cuda.get_rng_state(self.device)
-        return torch.utils._pytree.tree_map(
-            lambda x: x.detach().cpu().clone() if torch.is_tensor(x) else x, state)
-
-    def load_state_dict(self, state):
-        for name, weights in state["modules"].items():
-            getattr(self, name).load_state_dict(weights)
-        for name, saved in state["opts"].items():
-            self.opts[name].adam.load_state_dict(saved["adam"])
-            for group in self.opts[name].adam.param_groups:  # it may come from another device
-                group["capturable"] = self.opts[name].capturable
-            self.opts[name].skipped.copy_(saved["skipped"])
-            self.opts[name].skipped_now.copy_(saved["skipped_now"])
-        self.updates = state["updates"]
-        torch.set_rng_state(state["rng"])
-        if "rng_cuda" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng_cuda"], self.device)
-        self.record_anew()
 
 
 # --- Replay ---------------------------------------------------------------------------------------
@@ -1348,8 +1355,8 @@ class Trainer:
 
     def announce(self, demos, facts, resumed):
         agent, c = self.agent, self.c
-        counts = ", ".join(f"{n} {sum(p.numel() for p in getattr(agent, n).parameters()):,}"
-                           for n in ("world", "actor", "disc", "critics"))
+        counts = ", ".join(f"{name} {sum(p.numel() for p in network.parameters()):,}"
+                           for name, network in agent.networks.items())
         print(f"{c.algo} on {c.env}, preset {c.preset}, {agent.device}, seed {c.seed}, {self.dir}\n"
               f"{len(demos)} demos, {c.num_envs} environments of {self.T} steps"
               + (f", GL: {facts['gl_renderer']}" if facts["gl_renderer"] else "")
