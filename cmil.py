@@ -51,7 +51,7 @@ ALGORITHM   load the demos into the replay
                 actor              step on [W6], through dynamics, D, disagreement, critics
                 critics            step on [W9]; now and then copy them to the targets
 
-DEPARTURES  from the released code are numbered in README.md, each with its line here.
+Departures from the paper and the released code: README.md, each with its line here.
 """
 import argparse
 import contextlib
@@ -63,13 +63,13 @@ import math
 import os
 import pathlib
 import platform
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
 import zipfile
+from importlib import metadata
 from typing import NamedTuple
 
 import numpy as np
@@ -79,6 +79,17 @@ from torch import nn
 
 # --- Configuration --------------------------------------------------------------------------------
 # Every field is a flag. The defaults are the paper-size run; presets override them.
+
+# The methods, and how their configuration differs from CMIL's. [T]: DITTO, DeMoss et al.
+ALGOS = {
+    "cmil": {},
+    "vmail": dict(members=1, alpha=0.0, beta=0.0, seed_steps=0),  # adversarial, not conservative
+    "dgail": dict(members=1, alpha=0.0, beta=0.0, offline=True),  # [T: D-GAIL] on the demos alone
+    "dbc": dict(reward="none", offline=True),  # [T: D-BC] CMIL's own start, trained on
+    "bc": dict(reward="none", offline=True),   # class PixelAgent
+    "ditto": dict(members=1, beta=0.0, offline=True),  # class Ditto
+    "pdac": dict(pretrain=0, target_every=1, tau=0.01),  # class PixelDAC
+}
 
 
 def opt(default, text, choices=None, least=None, most=2**62):
@@ -92,7 +103,7 @@ def opt(default, text, choices=None, least=None, most=2**62):
 class Config:
     # What to run
     env: str = opt("kitchen", "kitchen, baoding, point; with --demos any Gymnasium id or module:Id")
-    algo: str = opt("cmil", "the method: a row of the table ALGOS")
+    algo: str = opt("cmil", "the method", tuple(ALGOS))
     preset: str = opt("auto", "sizes and schedule; auto: paper on CUDA, small elsewhere",
                       ("auto", "paper", "small", "debug"))
     seed: int = opt(0, "seeds networks, sampling and environments", least=0)
@@ -105,7 +116,6 @@ class Config:
                          "auto: bfloat16 on CUDA", ("auto", "float32", "bfloat16"))
     graph: str = opt("auto", "on CUDA, record an update once as a graph and replay it; auto: go on "
                      "without where that fails", ("auto", "on", "off"))
-    compile: bool = opt(False, "torch.compile for the steps of the latent model (slower on a CPU)")
     # Environment and demonstrations
     tasks: str = opt("", "kitchen: tasks joined by +, such as microwave+kettle; empty: all four")
     episode_steps: int = opt(0, "episode length; 0: the environment's own", least=0)
@@ -145,7 +155,7 @@ class Config:
     reward: str = opt("logit", "[P10] logit; sigmoid as in [C]; none: cloning only, no adversary",
                       ("logit", "sigmoid", "none"))
     alpha: float = opt(10.0, "weight of the disagreement penalty [P10]", least=0)
-    beta: float = opt(10.0, "weight of behaviour cloning in the actor's loss [P]", least=0)
+    beta: float = opt(10.0, "weight of cloning in the actor's loss [P]; 0: none at all", least=0)
     sigma: float = opt(math.sqrt(2.5), "std of the noise on D's input [P: sigma^2 = 2.5]", least=0)
     reward_noise: bool = opt(False, "[C]: the noise also acts inside the imagined reward")
     target: str = opt("min", "critic target: min over target critics [W], or one random one [C]",
@@ -162,7 +172,8 @@ class Config:
     adam_eps: float = opt(1e-5, "Adam's epsilon")
     clip: float = opt(100.0, "global gradient norm of each network")
     weight_decay: float = opt(1e-6, "every step multiplies the weights by 1 minus this", least=0)
-    target_every: int = opt(100, "updates between two copies of the critics to the targets")
+    target_every: int = opt(100, "updates between two steps of the targets to the critics")
+    tau: float = opt(1.0, "how far they go: 1 copies the critics", least=0, most=1)
 
 
 PRESETS = {
@@ -195,18 +206,11 @@ ENV_PRESETS = {
                                steps=30_000, eval_every=3_000, eval_episodes=10),
 }
 
-# A method that differs from CMIL by configuration alone is a row here.
-ALGOS = {
-    "cmil": {},
-    "dbc": dict(offline=True, reward="none"),  # CMIL's own start, trained on [T: D-BC]
-}
-
 # A resumed run may change these; any other difference is refused.
 RESUME_MAY_CHANGE = ("steps", "minutes", "log_every", "eval_every", "eval_episodes",
-                     "checkpoint_minutes", "threads", "graph", "compile", "logdir")
+                     "checkpoint_minutes", "threads", "graph", "logdir")
 
 # --- Helpers --------------------------------------------------------------------------------------
-
 
 def die(message):
     """Print one line and exit with code 2: the end of every mistake of the user's."""
@@ -218,8 +222,7 @@ def state_action_pairs(feat, action):
     """Rows in stored order -> the paper's pairs (s_t, a_t). The only place that does so.
 
     feat (T, ..., F), action (T, ..., A), where action[t] led to feat[t]
-    -> s (T-1, ..., F), a (T-1, ..., A)
-    """
+    -> s (T-1, ..., F), a (T-1, ..., A)"""
     return feat[:-1], action[1:]
 
 
@@ -248,7 +251,6 @@ def bootstrap_ci(values, draws=10_000):
 
 # --- Distributions --------------------------------------------------------------------------------
 
-
 def kl_normal(mean_p, std_p, mean_q, std_q):
     """KL(p || q) of diagonal Gaussians, summed over the last dimension: (..., S) -> (...)."""
     ratio = std_p / std_q
@@ -258,18 +260,13 @@ def kl_normal(mean_p, std_p, mean_q, std_q):
 class TruncatedNormal:
     """Independent normals truncated to [-1, 1], with loc inside: the policy's distribution.
 
-    loc, scale (..., A), float32. log_prob and entropy sum over A and are exact.
-    """
+    loc, scale (..., A), float32. log_prob and entropy sum over A and are exact."""
 
     def __init__(self, loc, scale):
-        self.loc, self.scale = loc, scale
+        self.loc, self.scale, self.mode = loc, scale, loc
         self.low, self.high = (-1 - loc) / scale, (1 - loc) / scale
         self.cdf_low = torch.special.ndtr(self.low)
         self.mass = torch.special.ndtr(self.high) - self.cdf_low  # what lies inside
-
-    @property
-    def mode(self):
-        return self.loc
 
     def rsample(self):
         """A reparameterised sample (..., A), by the inverse cdf of a uniform number."""
@@ -294,7 +291,6 @@ class TruncatedNormal:
 
 
 # --- Networks -------------------------------------------------------------------------------------
-
 
 def initialize(module):
     """Glorot-uniform weights and zero biases, as the released code's Keras layers; in place."""
@@ -343,16 +339,16 @@ class EnsembleMLP(nn.Module):
 class Encoder(nn.Module):
     """Image -> embedding: four convolutions, kernel 4, stride 2 (64 -> 31 -> 14 -> 6 -> 2)."""
 
-    def __init__(self, depth):
+    def __init__(self, depth, inputs=3):
         super().__init__()
-        channels = [3, depth, 2 * depth, 4 * depth, 8 * depth]
+        channels = [inputs, depth, 2 * depth, 4 * depth, 8 * depth]
         self.layers = nn.Sequential(*(m for i, o in zip(channels, channels[1:])
                                       for m in (nn.Conv2d(i, o, 4, 2), nn.ELU(inplace=True))))
         self.layers.to(memory_format=torch.channels_last)  # as to_float lays out the image
         self.size = 32 * depth  # E
 
     def forward(self, image):
-        """Pixels of to_float (..., 3, 64, 64) -> (..., E)"""
+        """Pixels of to_float (..., inputs, 64, 64) -> (..., E)"""
         x = self.layers(image.flatten(0, -4))
         return x.flatten(1).float().unflatten(0, image.shape[:-3])
 
@@ -362,8 +358,7 @@ class Decoder(nn.Module):
 
     The first and the last are written as what they amount to, and a CPU does many times faster: on
     a 1x1 map, a matrix product; with kernel 6 and stride 2, a convolution with kernel 3 that makes
-    2x2 blocks of pixels.
-    """
+    2x2 blocks of pixels."""
 
     def __init__(self, depth, feat):
         super().__init__()
@@ -410,21 +405,19 @@ class Discriminator(nn.Module):
         return self.layers(x).float().squeeze(-1)
 
 
-class Critics(nn.Module):
+class Critics(EnsembleMLP):
     """Q_1..Q_m(s, a)."""
 
     def __init__(self, count, feat, action, units, layers):
-        super().__init__()
-        self.heads = EnsembleMLP(count, feat + action, units, layers, 1)
+        super().__init__(count, feat + action, units, layers, 1)
 
     def forward(self, s, a):
         """s (..., F), a (..., A) -> (m, ...)"""
         x = torch.cat([s, a], -1)
-        return self.heads(x.flatten(0, -2)).squeeze(-1).unflatten(-1, x.shape[:-1])
+        return super().forward(x.flatten(0, -2)).squeeze(-1).unflatten(-1, x.shape[:-1])
 
 
 # --- World model: an RSSM with an ensemble of priors ----------------------------------------------
-
 
 class State(NamedTuple):
     """Latent states with any leading shape. mean and std are of the distribution stoch is from."""
@@ -457,8 +450,7 @@ class RSSM(nn.Module):
 
     def initial(self, batch):
         """The zero state (batch, ...), before anything is seen."""
-        weight = self.gru.weight
-        stoch, deter = weight.new_zeros(batch, self.stoch), weight.new_zeros(batch, self.deter)
+        stoch, deter = (self.gru.weight.new_zeros(batch, n) for n in (self.stoch, self.deter))
         return State(stoch, deter, stoch, torch.ones_like(stoch))
 
     @staticmethod
@@ -486,8 +478,7 @@ class RSSM(nn.Module):
         """One filtering step q(s_t | x_t, s_{t-1}, a_{t-1}).
 
         state: s_{t-1} (B, ...); action (B, A): a_{t-1}; embed (B, hidden), weight (hidden, D):
-        post_first() of x_t; noise (B, S): standard normal, or zeros for the mean -> s_t
-        """
+        post_first() of x_t; noise (B, S): standard normal, or zeros for the mean -> s_t"""
         deter = self.step_deter(state.stoch, state.deter, action)
         x = F.elu(embed + F.linear(deter, weight))
         mean, std = self.mean_std(self.post_output(x))
@@ -497,8 +488,7 @@ class RSSM(nn.Module):
         """Posterior states along windows: embed (L, B, E), action (L, B, A) -> State (L, B, ...).
 
         A window may begin in mid-episode, where neither s_{-1} nor what led to it is known: the
-        scan begins with a zero state and a zero action. Priors do not feed it; see drawn_prior.
-        """
+        scan begins with a zero state and a zero action. Priors do not feed it; see drawn_prior."""
         length, batch = action.shape[:2]
         action = torch.cat([torch.zeros_like(action[:1]), action[1:]])
         embed, weight = self.post_first(embed)                              # (L, B, hidden)
@@ -511,8 +501,7 @@ class RSSM(nn.Module):
     def drawn_prior(self, deter):
         """T_i with i drawn anew at every time step, shared by the batch [P1].
 
-        deter (L, B, D) -> mean, std (L, B, S). All steps at once: the prior is not in the scan.
-        """
+        deter (L, B, D) -> mean, std (L, B, S). All steps at once: the prior is not in the scan."""
         member = torch.randint(self.members, deter.shape[:1], device=deter.device)
         return self.mean_std(self.priors(deter, member))
 
@@ -529,8 +518,7 @@ def disagreement(means):
     """[P9] how far the members' means lie apart: (K, N, S) -> (N,).
 
     The population std (ddof 0) over the K members, then the mean over the latent dimensions. With
-    one member there is none, and the std's gradient at zero would be undefined.
-    """
+    one member there is none, and the std's gradient at zero would be undefined."""
     if means.shape[0] == 1:
         return torch.zeros_like(means[0, :, 0])
     variance = (means - means.mean(0)).square().mean(0)                     # (N, S)
@@ -550,8 +538,7 @@ def world_model_loss(world, image, post, c):
 
     row t        0         1         2
     post      q(s0|x0)  q(s1|x1)  q(s2|x2)      every row reconstructs its image
-    prior      T_i(s0)   T_j(s1)   T_k(s2)      heads i, j, k drawn anew; deter_t knows a_{t-1}
-    """
+    prior      T_i(s0)   T_j(s1)   T_k(s2)      heads i, j, k drawn anew; deter_t knows a_{t-1}"""
     error = torch.linalg.vector_norm(world.decoder(post.feat) - image, dim=(-3, -2, -1))  # (L, B)
     recon = 0.5 * error.square().mean()  # -log p(x|s) of unit variance, without its constant
     mean, std = world.rssm.drawn_prior(post.deter)
@@ -563,7 +550,6 @@ def world_model_loss(world, image, post, c):
 
 
 # --- Imagination, discriminator, reward -----------------------------------------------------------
-
 
 class Dream(NamedTuple):
     """Imagined rollouts in stored order: action[t] led to feat[t]; the same helper pairs them."""
@@ -578,8 +564,7 @@ def imagine(rssm, actor, start, led_here, horizon):
     """Roll the policy out in the model from `start`, a State (N, ...); led_here (N, A) -> Dream.
 
     Gradients reach the actor through its actions and what the model makes of them, but not through
-    the policy's own input: a_t ~ pi(.| stop_grad(s_t)).
-    """
+    the policy's own input: a_t ~ pi(.| stop_grad(s_t))."""
     state, feats, actions, spreads, entropies = start, [start.feat], [led_here], [], []
     for _ in range(horizon):
         policy = actor(state.feat.detach())
@@ -595,16 +580,15 @@ def imagine(rssm, actor, start, led_here, horizon):
 def discriminator_loss(disc, expert, policy, sigma):
     """[P8] with expert = 1, policy = 0; the same noise acts on both.
 
-    expert, policy: pairs (s (..., F), a (..., A)) -> loss, info. Inputs carry no gradient.
-    """
+    expert, policy: pairs (s (..., F), a (..., A)) -> loss, info. Inputs carry no gradient."""
     on_expert, on_policy = disc(*expert, sigma), disc(*policy, sigma)
     loss = F.softplus(-on_expert).mean() + F.softplus(on_policy).mean()  # -log D, -log(1 - D)
     with torch.no_grad():
-        expert_logit, policy_logit = disc(*expert), disc(*policy)
-        d_expert, d_policy = torch.sigmoid(expert_logit).mean(), torch.sigmoid(policy_logit).mean()
+        logits = disc(*expert), disc(*policy)
+        d_expert, d_policy = (torch.sigmoid(logit).mean() for logit in logits)
     return loss, {"disc/loss": loss, "disc/expert": d_expert, "disc/policy": d_policy,
-                  "disc/gap": d_expert - d_policy, "disc/logit_expert": expert_logit.mean(),
-                  "disc/logit_policy": policy_logit.mean()}
+                  "disc/gap": d_expert - d_policy, "disc/logit_expert": logits[0].mean(),
+                  "disc/logit_policy": logits[1].mean()}
 
 
 def imitation_reward(disc, s, a, c, sigma=0.0):
@@ -614,8 +598,7 @@ def imitation_reward(disc, s, a, c, sigma=0.0):
 
 
 def conservative_reward(disc, dream, c):
-    """[P10] r_t = log D(s_t,a_t) - log(1-D(s_t,a_t)) - alpha u(s_t,a_t) -> (H, N), differentiable.
-    """
+    """[P10] r_t = log D(s_t,a_t) - log(1-D(s_t,a_t)) - alpha u(s_t,a_t) -> (H, N), smooth."""
     s, a = state_action_pairs(dream.feat, dream.action)
     sigma = c.sigma if c.reward_noise else 0.0
     return imitation_reward(disc, s, a, c, sigma) - c.alpha * dream.disagreement
@@ -652,8 +635,7 @@ def state_values(critics, dream, rule="min"):
 def actor_loss(critics, dream, reward, c):
     """[W6] without its BC term, with the policy's entropy e; reward (H, N) of [P10]:
 
-    -mean_{t<H} g^t [ l V(s_t) + (1-l) V_0(s_t) + c.entropy e_t ]
-    """
+    -mean_{t<H} g^t [ l V(s_t) + (1-l) V_0(s_t) + c.entropy e_t ]"""
     value = state_values(critics, dream)                                    # (H+1, N)
     returns = lambda_return(reward, value, c.gamma, c.lam)                  # (H, N)
     objective = c.lam * returns + (1 - c.lam) * value[:-1] + c.entropy * dream.entropy
@@ -674,42 +656,42 @@ def clone_loss(actor, feat, action):
     return -actor(s.detach()).log_prob(a).mean()
 
 
-def critic_targets(target_critics, disc, dream, dream_reward, replay_feat, replay_action, c):
-    """What the critics should be: for [W7] Vbar (H, N), for [W8] r_j + g(...) (L-1, B).
+def target_values(target_critics, dream, reward, c):
+    """Vbar_0 (H+1, N), Vbar (H, N) [W5] of a dream with these rewards (H, N), by the targets."""
+    with torch.no_grad():
+        value = state_values(target_critics, dream, c.target)
+        return value, lambda_return(reward, value, c.gamma, c.lam)
 
-    dream_reward (H, N): [P10] along the rollouts.
+
+def data_target(disc, value, returns, feat, action, c):
+    """y_j of [W8] -> (L-1, B). feat (L, B, F), action (L, B, A): replayed; value, returns (L B,):
+    Vbar_0 and Vbar at the start of the rollout from each of their rows.
 
     row j           0        1        2
     pair         (s0,a0)  (s1,a1)               a_j: the action really taken; r_j without penalty
-    rollouts               from s1  from s2     imagination from s_{j+1} gives Vbar_0, Vbar there
-    """
+    rollouts               from s1  from s2     imagination from s_{j+1} gives Vbar_0, Vbar there"""
     with torch.no_grad():
-        value = state_values(target_critics, dream, c.target)               # (H+1, N)
-        returns = lambda_return(dream_reward, value, c.gamma, c.lam)        # (H, N)
-        length, batch = replay_action.shape[:2]
-        value_0 = value[0].view(length, batch)[1:]                          # Vbar_0(s_{j+1})
-        return_0 = returns[0].view(length, batch)[1:]                       # Vbar(s_{j+1})
-        reward = imitation_reward(disc, *state_action_pairs(replay_feat, replay_action), c)
-        return returns, reward + c.gamma * ((1 - c.lam) * value_0 + c.lam * return_0)
+        value, returns = (x.view(action.shape[:2])[1:] for x in (value, returns))       # (L-1, B)
+        reward = imitation_reward(disc, *state_action_pairs(feat, action), c)
+        return reward + c.gamma * ((1 - c.lam) * value + c.lam * returns)
 
 
-def critic_loss(critics, targets, dream, replay_feat, replay_action, c):
-    """[W9] = [W7] on imagined states + [W8] on real transitions; each summed over the m critics."""
-    model_target, data_target = targets
+def model_critic_loss(critics, target, dream, c):
+    """[W7] on imagined states, summed over the m critics; target (H, N): Vbar -> loss, info."""
     s, a = state_action_pairs(dream.feat.detach(), dream.action.detach())
-    weight = c.gamma * discounts(c.gamma, model_target) if c.critic_discount else 1.0  # g^{t+1}
-    error = critics(s, a) - model_target                                    # (m, H, N)
-    model_loss = (weight * error.square()).mean((1, 2)).sum()
-    info = {"critic/model": model_loss, "critic/value": model_target.mean()}
-    if not c.data_critic:
-        return model_loss, info
-    s, a = state_action_pairs(replay_feat, replay_action)
-    data_loss = (critics(s, a) - data_target).square().mean((1, 2)).sum()
-    return model_loss + data_loss, {**info, "critic/data": data_loss}
+    weight = c.gamma * discounts(c.gamma, target) if c.critic_discount else 1.0  # g^{t+1}
+    loss = (weight * (critics(s, a) - target).square()).mean((1, 2)).sum()  # of (m, H, N)
+    return loss, {"critic/model": loss, "critic/value": target.mean()}
+
+
+def data_critic_loss(critics, target, feat, action):
+    """[W8] on real pairs, summed over the m critics; target (L-1, B): y_j -> loss, info."""
+    s, a = state_action_pairs(feat, action)
+    loss = (critics(s, a) - target).square().mean((1, 2)).sum()             # of (m, L-1, B)
+    return loss, {"critic/data": loss}
 
 
 # --- Optimizers, recorded steps, and what every method has ----------------------------------------
-
 
 class Optimizer:
     """AdamW for one network, gradients clipped; a non-finite gradient changes nothing."""
@@ -750,8 +732,7 @@ class Graphed:
     The first calls run as they are. They are real steps, and make what must exist before recording
     (Adam's moments, libraries' workspaces). Recording itself computes nothing. A replayed step
     reads and writes the same memory every time, random numbers move on, and what it returns is
-    overwritten by the next. mode: on, off, or auto: one line and no graph where recording fails.
-    """
+    overwritten by the next. mode: on, off, or auto: one line and no graph where recording fails."""
     WARM_UP = 3
     failed = False  # once recording has failed, nothing in this process tries again
 
@@ -790,8 +771,7 @@ class Graphed:
                 die(f"--graph on: {reason}; use --graph auto or off")
             print(f"cmil: {reason}; going on without", file=sys.stderr)
             self.wanted, Graphed.failed = False, True
-            # What a failed recording may leave behind: its stream, and a generator that believes
-            # it is still being recorded (older versions of torch).
+            # It may leave behind its stream, and (older torch) a generator that is still recorded.
             torch.cuda.set_stream(current)
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
@@ -800,20 +780,22 @@ class Graphed:
 class Learner:
     """What every method has: networks with an optimizer each, a count of updates, a state to save.
     `critics`, if they are among the networks, have `targets` that follow them."""
+    clone_step = gradient_step = None  # a method has one or both: (replay) -> info
 
     def __init__(self, c, device, **networks):
         self.c, self.device, self.updates, self.networks = c, device, 0, networks
         for name, network in networks.items():
             setattr(self, name, initialize(network).to(device))
+        self.modules = dict(networks)  # all that is saved
         if "critics" in networks:
             self.targets = copy.deepcopy(self.critics).requires_grad_(False)
+            self.modules["targets"] = self.targets
         self.opts = {name: Optimizer(network, c.disc_lr if name == "disc" else c.lr, c)
                      for name, network in networks.items()}
         self.record_anew()
 
     def record_anew(self):
-        """Forget recorded graphs: they hold on to memory, and to the tensors they were made with.
-        """
+        """Forget recorded graphs: they hold on to memory and to the tensors of their making."""
         self.graphed_clone_step = Graphed(self.clone_step, self.device, self.c.graph)
         self.graphed_gradient_step = Graphed(self.gradient_step, self.device, self.c.graph)
 
@@ -834,11 +816,11 @@ class Learner:
         return self.count(self.graphed_gradient_step(replay))
 
     def count(self, info):
-        """Count the update; on schedule copy the critics to their targets."""
+        """Count the update; on schedule move the targets to the critics."""
         self.updates += 1
-        if self.updates % self.c.target_every == 0:
+        if "targets" in self.modules and self.updates % self.c.target_every == 0:
             for target, source in zip(self.targets.parameters(), self.critics.parameters()):
-                target.data.copy_(source.data)
+                target.data.lerp_(source.data, self.c.tau)
         return info
 
     def apply(self, losses, info):
@@ -848,13 +830,13 @@ class Learner:
             info[f"grad/{name}"] = self.opts[name].step(grad)
         return {name: value.detach() for name, value in info.items()}
 
-    def skipped_in_a_row(self):
-        """Network -> how many of its latest updates in a row had a non-finite gradient."""
-        return {name: int(opt.skipped_now) for name, opt in self.opts.items()}
+    def report(self, replay):
+        """What a log line says beside the update's own info."""
+        return {"skipped": sum(o.skipped for o in self.opts.values())}
 
     def state_dict(self):
         """A deep copy on the CPU of all that an update changes: tensors and plain values only."""
-        modules = {n: getattr(self, n).state_dict() for n in (*self.networks, "targets")}
+        modules = {name: module.state_dict() for name, module in self.modules.items()}
         opts = {n: {"adam": o.adam.state_dict(), "skipped": o.skipped, "skipped_now": o.skipped_now}
                 for n, o in self.opts.items()}
         state = {"modules": modules, "opts": opts, "updates": self.updates,
@@ -866,7 +848,7 @@ class Learner:
 
     def load_state_dict(self, state):
         for name, weights in state["modules"].items():
-            getattr(self, name).load_state_dict(weights)
+            self.modules[name].load_state_dict(weights)
         for name, saved in state["opts"].items():
             self.opts[name].adam.load_state_dict(saved["adam"])
             for group in self.opts[name].adam.param_groups:  # it may come from another device
@@ -899,24 +881,11 @@ class Agent(Learner):
             c, device, world=WorldModel(c, action), actor=Actor(feat, action, c.units, c.layers),
             disc=Discriminator(feat, action, c.disc_units, c.disc_layers),
             critics=Critics(c.critics, feat, action, c.units, c.layers))
-        if c.compile:
-            self.compile()
-
-    def compile(self):
-        """Fuse the small operations of the latent model's steps."""
-        if not any(map(shutil.which, ("cc", "gcc", "g++", "clang"))):
-            die("--compile needs a C compiler, and there is none here (Debian: apt install g++)")
-        torch._dynamo.config.cache_size_limit = 64  # batch sizes, with and without gradients
-        rssm = self.world.rssm
-        for name in ("step_post", "step_prior"):  # methods: modules would rename their weights
-            setattr(rssm, name, torch.compile(getattr(rssm, name), dynamic=False))
-
-    # -- acting --
 
     @torch.no_grad()
     def act(self, image, carry=None, sample=True):
-        """Filter one frame and act. image: uint8 array (N, 64, 64, 3); carry: None at an episode's
-        start, else what the last call returned -> action (N, A) float32 array, carry."""
+        """Filter a frame (N, 64, 64, 3) uint8 and act -> action (N, A) float32, carry for the next
+        call. carry is None at an episode's start."""
         image = torch.as_tensor(image, device=self.device)
         rssm, actor = self.world.rssm, self.actor
         with self.autocast():
@@ -930,8 +899,6 @@ class Agent(Learner):
             action = policy.rsample() if sample else policy.mode
         return action.cpu().numpy(), (state, action)
 
-    # -- learning --
-
     def clone_step(self, replay):
         """The start: one step of the world model and of behaviour cloning on its latents."""
         c = self.c
@@ -941,14 +908,14 @@ class Agent(Learner):
             post = self.world.rssm.observe(self.world.encoder(image), action)
             world_loss, info = world_model_loss(self.world, image, post, c)             # [P1]
             bc_loss = clone_loss(self.actor, post.feat.detach(), action)
-        return self.apply({"world": world_loss, "actor": bc_loss}, {**info, "bc": bc_loss})
+        losses = {"world": world_loss, "actor": bc_loss} if c.beta else {"world": world_loss}
+        return self.apply(losses, {**info, "bc": bc_loss})
 
     def gradient_step(self, replay):
         """One gradient step of everything: the body of the ALGORITHM above -> info (0-d tensors).
 
         Static shapes, no host synchronisation, no branch on a tensor's value. All gradients are
-        taken at the parameters as they are now; then all optimizers step.
-        """
+        taken at the parameters as they are now; then all optimizers step."""
         c, world, B = self.c, self.world, self.c.batch
         image, action = replay.sample(B)                                    # (L, B, ...)
         expert_image, expert_action = replay.sample_demos(B)                # (L, B, ...)
@@ -978,9 +945,13 @@ class Agent(Learner):
             # The reward of every imagined pair: D's logit, minus the ensemble's disagreement.
             reward = conservative_reward(self.disc, dream, c)                       # (H, N) [P10]
 
-            # Critics [W9]: regress imagined and real pairs onto TD(lambda) of the target critics.
-            targets = critic_targets(self.targets, self.disc, dream, reward, feat, action, c)
-            q_loss, q_info = critic_loss(self.critics, targets, dream, feat, action, c)
+            # Critics [W9]: imagined and real pairs, each towards TD(lambda) of the target critics.
+            value, returns = target_values(self.targets, dream, reward, c)
+            q_loss, q_info = model_critic_loss(self.critics, returns, dream, c)         # [W7]
+            if c.data_critic:                                                           # [W8]
+                target = data_target(self.disc, value[0], returns[0], feat, action, c)
+                data_loss, data_info = data_critic_loss(self.critics, target, feat, action)
+                q_loss, q_info = q_loss + data_loss, {**q_info, **data_info}
 
             # Actor: up the returns, through the model; and stay near the demonstrations.
             pi_loss, pi_info = actor_loss(self.critics, dream, reward, c)               # [W6]
@@ -989,16 +960,13 @@ class Agent(Learner):
                   "actor": pi_loss + c.beta * bc_loss}
         return self.apply(losses, {**info, **disc_info, **q_info, **pi_info, "bc": bc_loss})
 
-    # -- reports, at log steps only --
-
     @torch.no_grad()
-    def open_loop(self, image, action, context=5):
-        """Watch `context` frames, then predict with the stored actions alone.
+    def open_loop(self, image, action):
+        """Watch five frames, then predict with the stored actions alone.
 
         image (L, B, 64, 64, 3) uint8, action (L, B, A) -> reconstruction and prediction
-        (L, B, 64, 64, 3) uint8, disagreement along the predicted steps (L - context, B)
-        """
-        rssm = self.world.rssm
+        (L, B, 64, 64, 3) uint8, disagreement along the predicted steps (L - 5, B)"""
+        rssm, context = self.world.rssm, min(5, len(image) - 1)
         post = rssm.observe(self.world.encoder(to_float(image[:context])), action[:context])
         state, feats, spreads = post.map(lambda x: x[-1]), [], []
         for a in action[context:]:
@@ -1009,34 +977,179 @@ class Agent(Learner):
 
     def report(self, replay):
         """Extras for a log line: [C]'s estimate of [P9], open loop along the expert's actions."""
-        image, action = replay.sample_demos(self.c.batch)
-        context = min(5, self.c.length - 1)
         with self.autocast():
-            _, spread = self.open_loop(image, action, context)
-        return {"uncertainty_expert": spread.mean(),
-                "skipped": sum(o.skipped for o in self.opts.values())}
+            _, spread = self.open_loop(*replay.sample_demos(self.c.batch))
+        return {**super().report(replay), "uncertainty_expert": spread.mean()}
+
+
+# --- The other methods: what is more than a row of ALGOS ------------------------------------------
+
+class Ditto(Agent):
+    """ditto: no discriminator; imagined states should be the expert's of the same step [T].
+
+    row t        0       1       2       3        H = 3 steps from any row of a demo window
+    expert   z0 = s0     z1      z2      z3       posterior deter: what [T]'s code compares
+    dream        s0 ->   s1 ->   s2 ->   s3       the policy, in the model
+    reward      [r0]    [r1]    [r2]              r_t = match(s_{t+1}, z_{t+1})
+
+    Departures from [T]: world model and policy learn side by side, not one after the other; the
+    actor's gradient goes through the dynamics; networks, rates, gamma and H are CMIL's."""
+
+    def gradient_step(self, replay):
+        c, world, H = self.c, self.world, self.c.horizon
+        image, action = replay.sample_demos(c.batch)                        # (L, B, ...)
+        image, starts = to_float(image), len(action) - H
+        with self.autocast():
+            post = world.rssm.observe(world.encoder(image), action)
+            world_loss, info = world_model_loss(world, image, post, c)                  # [P1]
+            post = post.map(lambda x: x.detach())
+            expert = torch.stack([post.deter[t:t + starts].flatten(0, 1) for t in range(1, H + 1)])
+            start = post.map(lambda x: x[:starts].flatten(0, 1))            # (N, ...)
+            dream = imagine(world.rssm, self.actor, start, action[:starts].flatten(0, 1), H)
+            reward = match(dream.feat[1:, :, c.stoch:], expert)             # (H, N)
+            _, returns = target_values(self.targets, dream, reward, c)
+            q_loss, q_info = model_critic_loss(self.critics, returns, dream, c)         # [W7]
+            pi_loss, pi_info = actor_loss(self.critics, dream, reward, c)               # [W6]
+        losses = {"world": world_loss, "critics": q_loss, "actor": pi_loss}
+        return self.apply(losses, {**info, **q_info, **pi_info})
+
+
+def match(x, y):
+    """[T] eq. 8: <x, y> / max(|x|, |y|)^2; 1 where x = y: (..., D) twice -> (...)"""
+    largest = torch.maximum(x.square().sum(-1), y.square().sum(-1))
+    return (x * y).sum(-1) / largest.clamp(min=1e-12)
+
+
+class PixelAgent(Learner):
+    """bc: pi(a_t|x_t), end to end, by maximum likelihood on the demonstrations; "BC" of [P], which
+    prints no more about it. Networks and rates are CMIL's; there is no model."""
+    FRAMES = 1  # that the policy sees
+
+    def __init__(self, c, action, device):
+        encoder = Encoder(c.conv_depth)
+        super().__init__(c, device, policy=nn.Sequential(
+            encoder, Actor(encoder.size, action, c.units, c.layers)))
+
+    @torch.no_grad()
+    def act(self, image, carry=None, sample=True):
+        """As Agent.act; carry: the last frames (N, 3 FRAMES, 64, 64), at first all the same."""
+        frame = to_float(torch.as_tensor(image, device=self.device))
+        frames = frame.repeat(1, self.FRAMES, 1, 1) if carry is None else (
+            torch.cat([carry[:, 3:], frame], 1))
+        with self.autocast():
+            policy = self.policy(frames)
+        return (policy.rsample() if sample else policy.mode).cpu().numpy(), frames
+
+    def clone_step(self, replay):
+        image, action = replay.sample_demos(self.c.batch)                   # (L, B, ...)
+        with self.autocast():
+            x, a = state_action_pairs(to_float(image), action)
+            loss = -self.policy(x).log_prob(a).mean()
+        return self.apply({"policy": loss}, {"bc": loss})
+
+
+class PixelDAC(PixelAgent):
+    """pdac: discriminator-actor-critic from pixels without a model, the baseline of [P].
+
+    From DAC (Kostrikov et al. 2019): D's logit as the reward, gradient penalty 10. From DrQ-v2
+    (Yarats et al. 2022): shifts of 4 pixels, three stacked frames, targets at .01, 3-step returns.
+
+    row t        0    1    2    3    4    5       n = 3
+    stacks     [x0   x1   x2]  and  [x3 x4 x5]    embed e2 and e5: a stack stands at its last row
+    rewards                r2   r3   r4           r_t = D's logit of (e_t, a_t)
+    target     y2 = r2 + g r3 + g^2 r4 + g^3 min_i Qbar_i(e5, a'),  a' ~ pi(.|e5)
+
+    Departures: D sees the critics' embedding; networks and rates are CMIL's; an episode's first two
+    rows act on repeated frames, which training does not show."""
+    FRAMES, STEPS, PENALTY = 3, 3, 10.0
+
+    def __init__(self, c, action, device):
+        encoder = Encoder(c.conv_depth, 3 * self.FRAMES)
+        sizes = encoder.size, action, c.units, c.layers
+        critics = nn.ModuleDict({"encoder": encoder, "heads": Critics(c.critics, *sizes)})
+        Learner.__init__(self, c, device, critics=critics, actor=Actor(*sizes), disc=Discriminator(
+            encoder.size, action, c.disc_units, c.disc_layers))
+
+    def policy(self, frames):
+        return self.actor(self.critics.encoder(frames))
+
+    def embed(self, image, action):
+        """Windows of the replay -> embed (L-2, B, E) of shifted stacks; action (L-2, B, A)."""
+        image, rows = to_float(image), len(image) - self.FRAMES + 1
+        stacks = torch.cat([image[i:i + rows] for i in range(self.FRAMES)], 2)  # (L-2, B, 9, ...)
+        shifted = random_shift(stacks.flatten(0, 1)).unflatten(0, stacks.shape[:2])
+        return self.critics.encoder(shifted), action[self.FRAMES - 1:]
+
+    def gradient_step(self, replay):
+        c = self.c
+        with self.autocast():
+            embed, action = self.embed(*replay.sample(c.batch))
+            with torch.no_grad():
+                expert = state_action_pairs(*self.embed(*replay.sample_demos(c.batch)))
+            e = embed.detach()
+            policy = state_action_pairs(e, action)                          # (L-3, B, ...)
+            disc_loss, info = discriminator_loss(self.disc, expert, policy, 0.0)        # [P8]
+            disc_loss = disc_loss + self.PENALTY * gradient_penalty(self.disc, expert, policy)
+
+            with torch.no_grad():
+                reward = self.disc(*policy)                                 # (L-3, B)
+                value = self.targets.heads(e, self.actor(e).rsample()).min(0).values
+                target = n_step_target(reward, value, c.gamma, self.STEPS)  # (L-2-n, B)
+            s, a = (x[:len(target)] for x in state_action_pairs(embed, action))
+            q_loss = (self.critics.heads(s, a) - target).square().mean((1, 2)).sum()
+
+            pi = self.actor(e)
+            value = self.critics.heads(e, pi.rsample()).min(0).values       # (L-2, B)
+            pi_loss = -(value + c.entropy * pi.entropy()).mean()
+        return self.apply({"critics": q_loss, "actor": pi_loss, "disc": disc_loss}, {
+            **info, "reward": reward.mean(), "critic/data": q_loss, "critic/value": target.mean(),
+            "entropy": pi.entropy().mean()})
+
+
+def n_step_target(reward, value, gamma, n):
+    """y_t = sum_{k<n} g^k r_{t+k} + g^n v_{t+n}: reward (T-1, B), value (T, B) -> (T-n, B)"""
+    rows = len(value) - n
+    return sum(gamma**k * reward[k:k + rows] for k in range(n)) + gamma**n * value[n:]
+
+
+def gradient_penalty(disc, expert, policy):
+    """mean (|d logit / d (s, a)| - 1)^2 on random mixtures of expert and policy pairs."""
+    expert, policy = (torch.cat(pair, -1) for pair in (expert, policy))
+    mix = torch.lerp(policy, expert, torch.rand_like(expert[..., :1])).requires_grad_()
+    grad, = torch.autograd.grad(disc.layers(mix).float().sum(), mix, create_graph=True)
+    return (grad.norm(dim=-1) - 1).square().mean()
+
+
+def random_shift(x, pad=4):
+    """x (N, C, 64, 64): each moved by up to `pad` pixels both ways, its edges repeated."""
+    N, _, height, width = x.shape
+    top, left = torch.randint(2 * pad + 1, (2, N, 1), device=x.device)
+    rows = (top + torch.arange(height, device=x.device))[:, :, None]        # (N, 64, 1)
+    columns = (left + torch.arange(width, device=x.device))[:, None]        # (N, 1, 64)
+    x = F.pad(x, (pad,) * 4, mode="replicate").movedim(1, -1)               # (N, 72, 72, C)
+    return x[torch.arange(N, device=x.device)[:, None, None], rows, columns].movedim(-1, 1)
+
+
+AGENTS = {"bc": PixelAgent, "ditto": Ditto, "pdac": PixelDAC}  # the other methods are Agents
 
 
 # --- Replay ---------------------------------------------------------------------------------------
-
 
 class Replay:
     """All episodes, demos first, in two preallocated tensors on the learner's device.
 
     Rows are in stored order (action[t] led to image[t]). `start` lists every row at which a window
     of `length` rows lies inside one episode; how many there are is a tensor, filled in place, so
-    that sampling needs no host synchronisation and goes into a CUDA graph.
-    """
+    that sampling needs no host synchronisation and goes into a CUDA graph."""
 
     def __init__(self, capacity, length, action, device):
-        self.length, self.rows = length, 0
+        self.length, self.rows, self.windows = length, 0, 0
         self.image = torch.empty(capacity, 64, 64, 3, dtype=torch.uint8, device=device)
         self.action = torch.empty(capacity, action, device=device)
         self.start = torch.empty(capacity, dtype=torch.long, device=device)
         self.starts = torch.zeros((), dtype=torch.long, device=device)
         self.demo_starts = torch.zeros_like(self.starts)
         self.offset = torch.arange(length, device=device)[:, None]          # (L, 1)
-        self.windows = 0
 
     def add(self, image, action, demo=False):
         """One episode: image uint8 (T+1, 64, 64, 3), action (T+1, A). Demos must come first."""
@@ -1088,8 +1201,7 @@ TRAIN, EVALUATE, FINAL = 1, 2, 3
 
 def env_seeds(seed, stream, number, count):
     """The reset seeds of `count` environments in round (or batch) `number` -> list of ints."""
-    state = np.random.SeedSequence([seed, stream, number]).generate_state(count)
-    return [int(s) for s in state >> 1]
+    return (np.random.SeedSequence([seed, stream, number]).generate_state(count) >> 1).tolist()
 
 
 def env_options(c):
@@ -1110,8 +1222,7 @@ def rollouts(agent, vec, steps, episodes, seed, stream, sample):
     """Run `episodes` episodes of `steps` steps, as many at a time as `vec` has environments.
 
     -> dict of success, tasks, return (arrays of length `episodes`; others where info has them), and
-    video (steps+1, 64, 64, 3) uint8 of the first episode. Leaves torch's random state as it was.
-    """
+    video (steps+1, 64, 64, 3) uint8 of the first episode. Leaves torch's random state as it was."""
     results, video = {}, []
     with kept_rng(agent.device):
         torch.manual_seed(seed + 1_000_003 * stream)
@@ -1129,18 +1240,11 @@ def rollouts(agent, vec, steps, episodes, seed, stream, sample):
     return {key: np.array(value[:episodes]) for key, value in results.items()}, np.stack(video)
 
 
-def save_gif(path, frames, fps=12, scale=4):
-    """frames uint8 (T, 64, 64, 3) -> an endless GIF, `scale` times as large."""
-    import imageio
-    large = np.asarray(frames).repeat(scale, 1).repeat(scale, 2)
-    imageio.mimsave(path, list(large), duration=1000 / fps, loop=0)
-
-
 def save_open_loop(path, agent, replay, columns=10, scale=2):
     """A picture of one demo window, in rows: truth, prediction after 5 frames, their error."""
     import imageio
     image, action = replay.sample_demos(1)
-    predicted, _ = agent.open_loop(image, action, min(5, len(image) - 1))
+    predicted, _ = agent.open_loop(image, action)
     truth, predicted = image[:, 0].cpu().numpy(), predicted[:, 0].cpu().numpy()
     error = np.abs(truth.astype(int) - predicted).astype(np.uint8)
     pick = np.linspace(0, len(truth) - 1, min(columns, len(truth))).astype(int)
@@ -1150,63 +1254,57 @@ def save_open_loop(path, agent, replay, columns=10, scale=2):
 
 # --- Training: lockstep rounds --------------------------------------------------------------------
 
-
 class Stop(Exception):
     """Raised between two updates or environment steps when a signal or --minutes ends the run."""
 
 
 class Trainer:
-    """A run in its folder. A round is an atom: one episode of every environment, and the updates
-    that it earns. A stop in mid-round drops it and writes the state at its start, so that a resumed
-    run is the uninterrupted one."""
+    """A run in its folder. A round is an atom: one episode of every environment and the updates it
+    earns. A stop drops it and writes its start, so that a resumed run is the uninterrupted one."""
+    EPISODE = "episodes/r{:06d}-w{}.npz"  # of a round and a worker
+    steps_in_round, last_checkpoint, last_success, board = 0, 0.0, math.nan, None
 
     def __init__(self, c):
         import envs
         self.c, self.dir = c, pathlib.Path(c.logdir)
         self.began, self.before, self.stop = time.time(), 0.0, ""
-        device = setup_torch(c)
-        torch.manual_seed(c.seed)
-        self.vec = envs.make_vec(c.env, c.num_envs, **env_options(c))
-        facts = envs.env_facts(self.vec)
-        self.T, A = facts["episode_steps"], facts["action_dim"]
+        self.vec, facts, self.agent = build(c)
+        self.T = facts["episode_steps"]
         if c.length > self.T + 1:
             die(f"--length {c.length}: an episode of {self.T} steps has {self.T + 1} rows")
         demos = envs.load_demos(c.demos, c.env, c.num_demos, self.vec, min_steps=c.length - 1,
                                 **env_options(c))
-
         self.per_round = c.num_envs * self.T                                # environment steps
         self.rounds = math.ceil(c.steps / self.per_round)
-        rows = sum(len(d["image"]) for d in demos)
-        rows += 0 if c.offline else self.rounds * c.num_envs * (self.T + 1)
+        played = 0 if c.offline else self.rounds * c.num_envs
+        rows = sum(len(d["image"]) for d in demos) + played * (self.T + 1)
         try:
-            self.replay = Replay(rows, c.length, A, device)
+            self.replay = Replay(rows, c.length, facts["action_dim"], self.agent.device)
         except RuntimeError:
             die(f"--steps {c.steps}: no memory for a replay of {rows * 64 * 64 * 3 / 1e9:.1f} GB "
-                f"on {device}")
+                f"on {self.agent.device}")
         for demo in demos:
             self.replay.add(demo["image"], demo["action"], demo=True)
 
-        self.agent = Agent(c, A, device)
         self.update = self.agent.clone_update if c.reward == "none" else self.agent.update
-        self.round, self.started, self.metrics_bytes = 0, False, 0
+        self.round, self.started = 0, False
         try:
             for folder in ("episodes", "videos"):
                 (self.dir / folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             die(f"--logdir {self.dir}: {error.strerror}; give another folder")
-        resumed = self.restore()
-        if not resumed:
-            self.write_config(facts)
-        self.metrics = open(self.dir / "metrics.jsonl", "a" if resumed else "w")
-        self.metrics.truncate(min(self.metrics_bytes, self.metrics.tell()))
-        self.board = tensorboard(self.dir)
-        self.last = dict.fromkeys(("log", "print"), (time.time(), self.step, self.agent.updates))
+        logged = self.restore()
+        self.metrics = open(self.dir / "metrics.jsonl", "w" if logged is None else "a")
+        self.metrics.truncate(min(logged or 0, self.metrics.tell()))
+        with contextlib.suppress(ImportError):  # TensorBoard is optional
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(self.dir)
+        self.last = self.shown = time.time(), self.step, self.agent.updates
         self.take_snapshot()
-        if not resumed:
+        if logged is None:
+            self.write_config(facts)
             self.checkpoint()
-        self.announce(demos, facts, resumed)
-
-    # -- the loop --
+        self.announce(demos, facts)
 
     def run(self):
         """Train to the end, or to a stop. -> True if the run is complete."""
@@ -1216,11 +1314,10 @@ class Trainer:
         try:
             while agent.updates < c.pretrain:       # the start: world model and cloning, demos only
                 self.learn(agent.clone_update)
-                if self.checkpoint_due():
+                if self.checkpoint_due() or self.stop:
                     self.take_snapshot()
                     self.checkpoint()
                 if self.stop:
-                    self.take_snapshot()
                     raise Stop
             if not self.started:
                 self.evaluate()
@@ -1243,11 +1340,8 @@ class Trainer:
 
     @property
     def step(self):
-        """Environment steps so far. For an offline method, which takes none: the steps after which
-        an online run has made as many updates, so that one axis serves both."""
+        """Environment steps so far; offline: those of an online run with as many updates."""
         return self.round * self.per_round + self.steps_in_round
-
-    steps_in_round = 0
 
     def play_round(self):
         """One episode of every environment in lockstep; the learner works while they simulate."""
@@ -1274,7 +1368,7 @@ class Trainer:
             self.log({f"train/{key}": value.mean() for key, value in outcome(info).items()})
             for i in range(N):
                 self.replay.add(images[:, i], actions[:, i])
-                save_atomically(self.dir / "episodes" / f"r{self.round:06d}-w{i}.npz", lambda f: (
+                save_atomically(self.dir / self.EPISODE.format(self.round, i), lambda f: (
                     np.savez_compressed(f, image=images[:, i], action=actions[:, i])))
         self.steps_in_round = 0
 
@@ -1288,9 +1382,10 @@ class Trainer:
         self.info = update(self.replay)
         if self.agent.updates % self.c.log_every == 0:
             with kept_rng(self.agent.device):  # how often one logs must not change what is learned
-                self.log({**self.info, **self.agent.report(self.replay)})
-            for name, count in self.agent.skipped_in_a_row().items():
-                if count >= min(10, self.c.log_every):
+                _, rates, self.last = self.rates(self.last)
+                self.log({**self.info, **self.agent.report(self.replay), **rates})
+            for name, optimizer in self.agent.opts.items():
+                if (count := int(optimizer.skipped_now)) >= min(10, self.c.log_every):
                     self.drop_round()
                     die(f"the {name} loss had non-finite gradients in the last {count} updates, at "
                         f"step {self.step}; the last good state is {self.dir / 'checkpoint.pt'}")
@@ -1298,13 +1393,15 @@ class Trainer:
 
     def evaluate(self):
         """eval/*: with the mode of policy and latent unless eval_sample, on seeds of their own."""
+        import envs
         c, start = self.c, time.time()
         results, video = rollouts(self.agent, self.vec, self.T, c.eval_episodes, c.seed, EVALUATE,
                                   c.eval_sample)
-        save_gif(self.dir / "videos" / f"eval-{self.step:07d}.gif", video)
-        with kept_rng(self.agent.device):
-            save_open_loop(self.dir / "videos" / f"openloop-{self.step:07d}.png", self.agent,
-                           self.replay)
+        envs.save_gif(self.dir / "videos" / f"eval-{self.step:07d}.gif", video)
+        if isinstance(self.agent, Agent):
+            with kept_rng(self.agent.device):
+                save_open_loop(self.dir / "videos" / f"openloop-{self.step:07d}.png", self.agent,
+                               self.replay)
         means = {f"eval/{key}": float(value.mean()) for key, value in results.items()}
         self.log(means)
         text = ", ".join(f"{key[5:]} {value:.2f}" for key, value in means.items())
@@ -1312,26 +1409,17 @@ class Trainer:
               f"{time.time() - start:.0f} s): {text}", flush=True)
         self.last_success = means["eval/success"]
 
-    # -- logging --
-
-    last_success = float("nan")
-
-    def seconds(self):
-        """Wall time of the run so far, those before a resume included."""
-        return self.before + time.time() - self.began
-
-    def rates(self, use):
-        """Environment steps and updates a second since the last call for the same use -> dict."""
+    def rates(self, then):
+        """Seconds, and environment steps and updates a second, since `then` -> those, now."""
         now = time.time(), self.step, self.agent.updates
-        seconds, steps, updates = (new - old for new, old in zip(now, self.last[use]))
-        self.last[use] = now
-        return {"fps": steps / seconds, "ups": updates / seconds}
+        seconds, steps, updates = (b - a for a, b in zip(then, now))
+        return seconds, {"fps": steps / seconds, "ups": updates / seconds}, now
 
     def log(self, values):
         """One line of metrics.jsonl. Every name is explained in README.md, "What is logged"."""
-        rates = self.rates("log") if "recon" in values else {}  # not on evaluation lines
-        line = {"step": self.step, "update": self.agent.updates, "time": self.seconds(),
-                **{key: float(value) for key, value in values.items()}, **rates}
+        line = {"step": self.step, "update": self.agent.updates,
+                "time": self.before + time.time() - self.began,
+                **{key: float(value) for key, value in values.items()}}
         self.metrics.write(json.dumps(line) + "\n")
         self.metrics.flush()
         if self.board:
@@ -1342,35 +1430,31 @@ class Trainer:
         """A line every few seconds; and the end of the minutes."""
         if self.c.minutes and time.time() - self.began > 60 * self.c.minutes:
             self.stop = self.stop or f"--minutes {self.c.minutes:g}"
-        if time.time() - self.last["print"][0] < 10 or not hasattr(self, "info"):
+        seconds, rates, now = self.rates(self.shown)
+        if seconds < 10 or not hasattr(self, "info"):
             return
-        steps, rates = self.rounds * self.per_round, self.rates("print")
+        self.shown, steps = now, self.rounds * self.per_round
         left = self.c.pretrain + self.earned(steps) - self.agent.updates
-        eta = left / rates["ups"] if rates["ups"] else float("nan")
+        eta = left / rates["ups"] / 60 if rates["ups"] else math.nan
         keys = ("recon", "kl", "bc", "reward", "disc/gap", "uncertainty")
         losses = " ".join(f"{k} {float(self.info[k]):.2f}" for k in keys if k in self.info)
-        print(f"step {self.step}/{steps} update {self.agent.updates} "
-              f"ups {rates['ups']:.2f} fps {rates['fps']:.0f} eta {eta / 60:.0f}m | {losses} | "
+        print(f"step {self.step}/{steps} update {self.agent.updates} ups {rates['ups']:.2f} "
+              f"fps {rates['fps']:.0f} eta {eta:.0f}m | {losses} | "
               f"success {self.last_success:.2f}", flush=True)
 
-    def announce(self, demos, facts, resumed):
+    def announce(self, demos, facts):
         agent, c = self.agent, self.c
         counts = ", ".join(f"{name} {sum(p.numel() for p in network.parameters()):,}"
                            for name, network in agent.networks.items())
         print(f"{c.algo} on {c.env}, preset {c.preset}, {agent.device}, seed {c.seed}, {self.dir}\n"
               f"{len(demos)} demos, {c.num_envs} environments of {self.T} steps"
-              + (f", GL: {facts['gl_renderer']}" if facts["gl_renderer"] else "")
-              + f"\nparameters: {counts}", flush=True)
-        if resumed:
-            print(f"resumed at step {self.step}, update {agent.updates}")
+              f"{facts['gl_renderer'] and ', GL: '}{facts['gl_renderer']}\nparameters: {counts}\n"
+              f"at step {self.step}, update {agent.updates}", flush=True)
 
     def write_config(self, facts):
         """config.json: every field, and what the run depends on beside them."""
-        from importlib import metadata
-        versions = {}
-        for name in ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics"):
-            with contextlib.suppress(metadata.PackageNotFoundError):
-                versions[name] = metadata.version(name)
+        names = "torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics"
+        versions = {d.name: d.version for d in metadata.distributions() if d.name in names}
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         here = pathlib.Path(__file__).parent
         commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True,
@@ -1381,17 +1465,11 @@ class Trainer:
                            "command": "python " + " ".join(sys.argv)}, indent=1)
         save_atomically(self.dir / "config.json", lambda f: f.write(text.encode()))
 
-    # -- state --
-
     def take_snapshot(self):
         """Keep the present state: what a checkpoint or a stop would write."""
-        if hasattr(self, "metrics"):
-            self.metrics_bytes = self.metrics.tell()
         self.snapshot = {"agent": self.agent.state_dict(), "round": self.round,
-                         "started": self.started, "metrics_bytes": self.metrics_bytes,
-                         "seconds": self.seconds()}
-
-    last_checkpoint = 0.0
+                         "started": self.started, "metrics_bytes": self.metrics.tell(),
+                         "seconds": self.before + time.time() - self.began}
 
     def checkpoint_due(self):
         return time.time() - self.last_checkpoint > 60 * self.c.checkpoint_minutes
@@ -1411,37 +1489,29 @@ class Trainer:
         self.metrics.truncate(self.snapshot["metrics_bytes"])
 
     def restore(self):
-        """Load the newest checkpoint, the episodes before it and cut back the metrics -> bool."""
-        state = load_checkpoint(self.dir)
+        """Load the newest checkpoint and the episodes before it -> length of metrics.jsonl then;
+        None if there is none."""
+        import envs
+        state = load_checkpoint(self.dir, self.agent)
         if state is None:
-            return False
+            return None
         if state["round"] > self.rounds:
             die(f"--steps {self.c.steps}: the run in {self.dir} has made "
                 f"{state['round'] * self.per_round} already")
-        load_into(self.agent, state, self.dir)
-        self.round, self.started = state["round"], state["started"]
-        self.metrics_bytes, self.before = state["metrics_bytes"], state["seconds"]
-        for i in range(self.round if not self.c.offline else 0):
-            for worker in range(self.c.num_envs):
-                file = self.dir / "episodes" / f"r{i:06d}-w{worker}.npz"
-                try:
-                    with np.load(file) as episode:
-                        self.replay.add(episode["image"], episode["action"])
-                except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-                    die(f"{file} of the run's replay cannot be read ({type(error).__name__}); "
-                        "restore it, or start again in another --logdir")
-        return True
+        self.round, self.started, self.before = state["round"], state["started"], state["seconds"]
+        played = 0 if self.c.offline else self.round
+        for number, worker in np.ndindex(played, self.c.num_envs):
+            self.replay.add(**envs.read_npz(self.dir / self.EPISODE.format(number, worker)))
+        return state["metrics_bytes"]
 
     def close(self):
         self.metrics.close()
         self.vec.close()
 
 
-def load_checkpoint(folder):
-    """The run's newest checkpoint, a dict of tensors and plain values; None if there is none yet.
-
-    Dies naming the file if it is unreadable.
-    """
+def load_checkpoint(folder, agent):
+    """Load the run's newest checkpoint into the agent -> all that it holds, a dict of tensors and
+    plain values; None if there is none yet. Dies naming the file if it is unreadable."""
     path = folder / "checkpoint.pt"
     if not path.exists():
         path = path.with_suffix(".prev.pt")  # killed between two renames
@@ -1450,19 +1520,26 @@ def load_checkpoint(folder):
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load does not notice a flipped byte
             raise ValueError("checksum")
-        return torch.load(path, weights_only=True, map_location="cpu")
+        state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # zip, pickle and tensor errors of many kinds
         back = "" if "prev" in path.name else " to go back to checkpoint.prev.pt"
         die(f"{path} cannot be read ({type(error).__name__}); remove it{back}")
-
-
-def load_into(agent, state, run):
-    """Give the agent a checkpoint's weights and states; die if they are of other networks."""
     try:
         agent.load_state_dict(state["agent"])
     except (RuntimeError, KeyError, ValueError):
-        die(f"the checkpoint in {run} holds other networks than this version of cmil.py makes "
+        die(f"the checkpoint in {folder} holds other networks than this version of cmil.py makes "
             "from its config.json; use the commit named there, or start in another --logdir")
+    return state
+
+
+def build(c):
+    """The environments and the agent of a config -> vec, facts (dict of envs.env_facts), agent."""
+    import envs
+    device = setup_torch(c)
+    torch.manual_seed(c.seed)
+    vec = envs.make_vec(c.env, c.num_envs, **env_options(c))
+    facts = envs.env_facts(vec)
+    return vec, facts, AGENTS.get(c.algo, Agent)(c, facts["action_dim"], device)
 
 
 def setup_torch(c):
@@ -1477,41 +1554,28 @@ def setup_torch(c):
     if c.threads:
         torch.set_num_threads(c.threads)
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # glibc
-        # Else every large tensor is returned to the system and paged in anew by the next.
-        # -4: M_MMAP_MAX, no mappings of their own; -1: M_TRIM_THRESHOLD.
+        # Keep the memory that large tensors free: M_MMAP_MAX (-4) none, M_TRIM_THRESHOLD (-1) none.
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return device
 
 
-def tensorboard(folder):
-    """A SummaryWriter where TensorBoard is installed, else None."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder)
-
-
 # --- Command line ---------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        die(f"{message}; see python cmil.py --help")
-
 
 def parse(argv):
     """The command line -> (dict of the config fields given, namespace of the other options)."""
-    parser = Parser(prog="cmil.py", description=__doc__.split("\n")[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="cmil.py", description=__doc__.split("\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: die(f"{message}; see python cmil.py --help")
     tools = parser.add_argument_group("instead of training")
-    tools.add_argument("--eval", metavar="RUN", help="evaluate a run's checkpoint; one JSON line")
+    tool = tools.add_mutually_exclusive_group()
+    tool.add_argument("--eval", metavar="RUN", help="evaluate a run's checkpoint; one JSON line")
     tools.add_argument("--episodes", type=int, default=100, help="how many episodes --eval runs")
     tools.add_argument("--video", metavar="FILE.gif", help="with --eval: write a rollout")
-    tools.add_argument("--plot", metavar="RUN", nargs="+", help="draw learning curves")
+    tool.add_argument("--plot", metavar="RUN", nargs="+", help="draw learning curves")
     tools.add_argument("--out", default="curves.png", help="the picture --plot writes")
-    tools.add_argument("--bench", action="store_true", help="measure the speed; one JSON line")
+    tool.add_argument("--bench", action="store_true", help="measure the speed; one JSON line")
     fields = parser.add_argument_group("configuration (presets change some of the defaults)")
     for field in dataclasses.fields(Config):
         kind = ({"action": argparse.BooleanOptionalAction} if field.type in (bool, "bool") else
@@ -1519,8 +1583,6 @@ def parse(argv):
         fields.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{field.metadata['help']} (default: {field.default})", **kind)
     args = vars(parser.parse_args(argv))
-    if sum(map(bool, (args["eval"], args["plot"], args["bench"]))) > 1:
-        die("--eval, --plot and --bench are different things to do: give one of them")
     for option, tool in (("episodes", "eval"), ("video", "eval"), ("out", "plot")):
         if args[option] != parser.get_default(option) and not args[tool]:
             die(f"--{option} does nothing without --{tool}")
@@ -1531,15 +1593,13 @@ def parse(argv):
 def make_config(explicit):
     """Defaults < preset < environment < algorithm < explicit flags; checked, with a logdir."""
     c = Config(**explicit)
-    if c.algo not in ALGOS:
-        die(f"--algo {c.algo}: choose from {', '.join(ALGOS)}")
     logdir = c.logdir or f"runs/{c.env.replace('/', '-').replace(':', '-')}-{c.algo}-s{c.seed}"
     stored = read_config(logdir)
     preset = c.preset
     if preset == "auto":
         cuda = torch.cuda.is_available() and c.device != "cpu"
         preset = stored["preset"] if stored else "paper" if cuda else "small"
-        reason = "the run's own" if stored else "CUDA is here" if cuda else "no CUDA here"
+        reason = "the run's own" if stored else f"{'' if cuda else 'no '}CUDA here"
         print(f"preset {preset} ({reason})", file=sys.stderr)
     overrides = {**PRESETS[preset], **ENV_PRESETS.get((c.env, preset), {}), **ALGOS[c.algo]}
     if c.tasks:
@@ -1547,7 +1607,6 @@ def make_config(explicit):
     c = Config(**{**overrides, **explicit, "preset": preset, "logdir": str(logdir)})
     check_config(c)
     if stored:
-        stored = {**dataclasses.asdict(Config()), **stored}  # it may be older than some fields
         differ = [f"{key} (now {value!r}, run {stored[key]!r})"
                   for key, value in dataclasses.asdict(c).items()
                   if key not in RESUME_MAY_CHANGE and value != stored[key]]
@@ -1558,14 +1617,13 @@ def make_config(explicit):
 
 
 def read_config(run):
-    """The config of the run in folder `run` -> dict, or None where there is none."""
+    """The config of the run in folder `run` -> dict of all fields, or None where there is none."""
     path = pathlib.Path(run) / "config.json"
-    if not path.exists():
-        return None
     try:
         stored = json.loads(path.read_text())["config"]
-        Config(**stored)  # no field that is unknown here
-        return stored
+        return dataclasses.asdict(Config(**stored))  # no field that is unknown here
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (ValueError, KeyError, TypeError):
         die(f"{path} is not the config.json of a run of this version; give another folder")
 
@@ -1586,59 +1644,47 @@ EVAL_MAY_CHANGE = ("seed", "device", "threads", "num_envs", "eval_sample")
 
 
 def load_agent(run, explicit=None):
-    """A finished or stopped run's agent and environments -> Config, Agent, vec, T.
+    """A finished or stopped run's agent and environments -> Config, agent, vec, T.
 
-    explicit: flags given beside --eval; those of EVAL_MAY_CHANGE replace the run's own.
-    """
-    import envs
+    explicit: flags given beside --eval; those of EVAL_MAY_CHANGE replace the run's own."""
     stored = read_config(run)
     if stored is None:
         die(f"{run}: no config.json there; give the folder of a run")
-    for name in explicit or {}:
-        if name not in EVAL_MAY_CHANGE:
-            die(f"--{name.replace('_', '-')} belongs to training: with --eval it cannot change")
-    c = Config(**{**stored, "logdir": str(run), **(explicit or {}),
-                  "graph": "off", "compile": False})  # they only speed up learning
+    for name in set(explicit or {}) - set(EVAL_MAY_CHANGE):
+        die(f"--{name.replace('_', '-')} belongs to training: with --eval it cannot change")
+    c = Config(**{**stored, "logdir": str(run), **(explicit or {}), "graph": "off"})
     check_config(c)
-    state = load_checkpoint(pathlib.Path(run))
-    if state is None:
+    vec, facts, agent = build(c)
+    if load_checkpoint(pathlib.Path(run), agent) is None:
         die(f"{run}: the run has not written a checkpoint.pt yet")
-    device = setup_torch(c)
-    vec = envs.make_vec(c.env, c.num_envs, **env_options(c))
-    facts = envs.env_facts(vec)
-    agent = Agent(c, facts["action_dim"], device)
-    load_into(agent, state, run)
     return c, agent, vec, facts["episode_steps"]
 
 
 def evaluate_run(run, episodes, video, explicit):
     """--eval: one JSON line, on environment seeds that training and its evaluations never use."""
+    import envs
     if episodes < 1:
         die(f"--episodes {episodes}: expected 1 or more")
-    if video and not pathlib.Path(video).parent.is_dir():
-        die(f"--video {video}: there is no folder {pathlib.Path(video).parent}")
-    if video and (pathlib.Path(video).suffix != ".gif" or pathlib.Path(video).is_dir()):
-        die(f"--video {video}: expected the name of a .gif file")
+    if video and not (video.endswith(".gif") and pathlib.Path(video).parent.is_dir()):
+        die(f"--video {video}: expected the name of a .gif file in a folder that exists")
     c, agent, vec, steps = load_agent(run, explicit)
     results, frames = rollouts(agent, vec, steps, episodes, c.seed, FINAL, c.eval_sample)
     vec.close()
-    low, high = bootstrap_ci(results["success"])
-    line = {"episodes": episodes, "success": results["success"].mean(), "success_ci95": [low, high],
-            **{key: value.mean() for key, value in results.items() if key != "success"},
-            "update": agent.updates}
-    print(json.dumps(line))
+    means = {key: value.mean() for key, value in results.items()}
+    print(json.dumps({"episodes": episodes, "success": means.pop("success"),
+                      "success_ci95": bootstrap_ci(results["success"]), **means,
+                      "update": agent.updates}))
     if video:
-        save_gif(video, frames)
+        envs.save_gif(video, frames)
 
 
 def main(argv=None):
-    explicit, args = parse(sys.argv[1:] if argv is None else argv)
+    explicit, args = parse(argv)
     import envs
     try:
         if args.eval:
             return evaluate_run(args.eval, args.episodes, args.video, explicit)
-        if args.plot or args.bench:
-            sys.path.insert(0, str(pathlib.Path(__file__).parent / "results"))
+        sys.path.insert(0, str(pathlib.Path(__file__).parent / "results"))
         if args.plot:
             import figures
             return figures.plot(args.plot, args.out)

@@ -880,7 +880,7 @@ def load_demos(path, name, n=0, vec_or_none=None, min_steps=1, **options):
     gl = env_facts(vec_or_none)["gl_renderer"] if vec_or_none else ""
     try:
         for file in files[:n or None]:
-            arrays = _read_npz(file)
+            arrays = read_npz(file)
             if "qpos" in arrays:
                 limit = n - len(episodes) if n else len(arrays["qpos"])
                 episodes += _state_episodes(file, arrays, env, name, limit, gl)
@@ -908,8 +908,8 @@ def _expect(true, file, otherwise):
         raise UserError(f"{file}: {otherwise}")
 
 
-def _read_npz(file):
-    """The arrays of a demonstration file by name; UserError if it is damaged or of neither kind."""
+def read_npz(file):
+    """The arrays of an episodes' file by name; UserError if it is damaged or of neither kind."""
     try:
         with np.load(file, allow_pickle=False) as stored:
             wanted = STATE_KEYS if "qpos" in stored.files else ("image", "action")
@@ -995,3 +995,10 @@ def _cached_images(qpos, env, key):
     except OSError as error:  # a cache that cannot be written only costs time
         _say(f"cannot keep the pictures in {folder} ({error})")
     return image
+
+
+def save_gif(path, frames, fps=12, scale=4):
+    """frames uint8 (T, 64, 64, 3) -> an endless GIF, `scale` times as large."""
+    import imageio
+    large = np.asarray(frames).repeat(scale, 1).repeat(scale, 2)
+    imageio.mimsave(path, list(large), duration=1000 / fps, loop=0)

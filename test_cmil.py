@@ -59,11 +59,12 @@ def config(**changes):
                           "device": "cpu", "threads": 1, "num_envs": 1, **changes})
 
 
-def agent_and_replay(**changes):
+def agent_and_replay(algo="cmil", **changes):
     """A small agent with A = 2 and a replay of random episodes: 2 demos, 2 others, of 20 steps."""
-    c = config(**changes)
+    c = config(algo=algo, **{**cmil.ALGOS[algo], **changes})
     device = cmil.setup_torch(c)
-    agent, replay = cmil.Agent(c, 2, device), cmil.Replay(126, c.length, 2, device)
+    agent = cmil.AGENTS.get(algo, cmil.Agent)(c, 2, device)
+    replay = cmil.Replay(126, c.length, 2, device)
     rng = np.random.default_rng(0)
     for i in range(4):
         action = rng.uniform(-1, 1, (21, 2)).astype(np.float32)
@@ -385,7 +386,7 @@ def test_critics_are_separate_mlps_on_feat_and_action():
     assert q.shape == (3, 5, 7)
     joined = torch.cat([s, a], -1)
     for i in range(3):
-        expected = heads_by_loop(critics.heads, joined.view(35, 6), i).reshape(5, 7)
+        expected = heads_by_loop(critics, joined.view(35, 6), i).reshape(5, 7)
         np.testing.assert_allclose(q[i].detach(), expected, **FLOAT32)
 
 
@@ -600,7 +601,7 @@ def test_one_member_never_disagrees():
     agent, replay = agent_and_replay(members=1)
     info = agent.update(replay)
     assert all(torch.isfinite(value) for value in info.values())
-    assert info["uncertainty"] == 0 and not any(agent.skipped_in_a_row().values())
+    assert info["uncertainty"] == 0 and not any(opt.skipped for opt in agent.opts.values())
 
 
 def test_members_that_agree_have_a_finite_gradient():
@@ -907,7 +908,8 @@ def test_critic_targets_by_hand():
     # + (Vbar_0 / 2 + Vbar / 2) / 2 there:  (3/2 + 0/2) / 2 = .75    (3/2 + 5.5/2) / 2 = 2.125
     c = config(gamma=.5, lam=.5, alpha=1.)
     reward = cmil.conservative_reward(disc, dream, c)
-    model, data = cmil.critic_targets(critics, disc, dream, reward, replay_feat, replay_action, c)
+    value, model = cmil.target_values(critics, dream, reward, c)
+    data = cmil.data_target(disc, value[0], model[0], replay_feat, replay_action, c)
     assert model.flatten().tolist() == pytest.approx([-.5, 0, 5.5])
     assert data.flatten().tolist() == pytest.approx([.5 + .75, 3 + 2.125])
 
@@ -919,8 +921,8 @@ def test_critic_targets_are_literally_W7_and_W8(target):
     replay_feat, replay_action = dream.feat[0].view(L, B, 3), dream.action[0].view(L, B, 2)
     c = config(alpha=3., gamma=.9, lam=.8, target=target)
     reward = cmil.conservative_reward(toy_disc, dream, c)
-    model, data = cmil.critic_targets(toy_targets, toy_disc, dream, reward, replay_feat,
-                                      replay_action, c)
+    value, model = cmil.target_values(toy_targets, dream, reward, c)
+    data = cmil.data_target(toy_disc, value[0], model[0], replay_feat, replay_action, c)
     assert model.shape == (4, 6) and data.shape == (2, 2)
     feat, action, last = map(numbers, (dream.feat, dream.action, dream.last_action))
     u = numbers(dream.disagreement)
@@ -943,36 +945,50 @@ def test_critic_targets_are_literally_W7_and_W8(target):
     assert sum(fits) == 1
 
 
-@pytest.mark.parametrize("discount, data_critic", [(True, True), (False, True), (True, False)])
-def test_critic_loss_is_literally_W9(discount, data_critic):
-    """sum_i [ mean g^{t+1} (Q_i - Vbar)^2 + mean_j (Q_i - target_j)^2 ] in float64 loops."""
+@pytest.mark.parametrize("discount", [True, False])
+def test_critic_losses_are_literally_W7_and_W8(discount):
+    """sum_i mean g^{t+1} (Q_i - Vbar)^2 and sum_i mean_j (Q_i - y_j)^2 in float64 loops."""
     dream, L, B = random_dream(), 3, 2
     replay_feat = torch.randn(L, B, 3, dtype=torch.float64)
     replay_action = torch.randn(L, B, 2, dtype=torch.float64)
     model, data = torch.randn(4, 6, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
-    c = config(gamma=.9, critic_discount=discount, data_critic=data_critic)
-    got, info = cmil.critic_loss(toy_critics, (model, data), dream, replay_feat, replay_action, c)
+    c = config(gamma=.9, critic_discount=discount)
     feat, action, total = numbers(dream.feat), numbers(dream.action), 0
     for t, n in itertools.product(range(4), range(6)):
         error = literal_q(feat[t, n], action[t + 1, n]) - model[t, n].item()
         total += (.9 ** (t + 1) if discount else 1) * (error ** 2).sum() / (4 * 6)
-    assert info["critic/model"].item() == pytest.approx(total, rel=1e-9)
+    got, info = cmil.model_critic_loss(toy_critics, model, dream, c)
+    assert got.item() == info["critic/model"].item() == pytest.approx(total, rel=1e-9)
+    total = 0
     for j, b in itertools.product(range(L - 1), range(B)):
         q = literal_q(numbers(replay_feat[j, b]), numbers(replay_action[j + 1, b]))
-        total += data_critic * ((q - data[j, b].item()) ** 2).sum() / ((L - 1) * B)
-    assert got.item() == pytest.approx(total, rel=1e-9)
+        total += ((q - data[j, b].item()) ** 2).sum() / ((L - 1) * B)
+    got, info = cmil.data_critic_loss(toy_critics, data, replay_feat, replay_action)
+    assert got.item() == info["critic/data"].item() == pytest.approx(total, rel=1e-9)
+
+
+def test_the_critics_loss_is_W9():
+    """The sum of both, or with --no-data-critic [W7] alone."""
+    for data_critic in (True, False):
+        agent, replay = agent_and_replay(data_critic=data_critic)
+        torch.manual_seed(0)
+        losses, info = capture_losses(agent, replay, agent.update, "info")
+        parts = info["critic/model"] + (info["critic/data"] if data_critic else 0)
+        assert torch.equal(losses["critics"], parts)
+        assert ("critic/data" in info) == data_critic
 
 
 # ------------------------------------------------------------------------------------ who learns
 
 
-def capture_losses(agent, replay, update):
-    """Run agent.update or agent.clone_update up to its losses -> {network: loss}; no step."""
-    captured = {}
-    agent.apply = lambda losses, info: captured.update(losses)
+def capture_losses(agent, replay, update, what="losses"):
+    """Run agent.update or agent.clone_update up to its losses -> {network: loss}, and if asked for
+    the info beside them; no step."""
+    captured = []
+    agent.apply = lambda *losses_and_info: captured.extend(losses_and_info)
     update(replay)
     del agent.apply
-    return captured
+    return captured if what == "info" else captured[0]
 
 
 def touched(loss, module):
@@ -1105,8 +1121,8 @@ def test_update_uses_the_replay_half_and_the_demo_half(monkeypatch):
     # Of each half, draw windows at nine tenths of the starts.
     monkeypatch.setattr(torch, "rand", lambda n, device=None: torch.full((n,), .9))
     seen = {name: calls_of(monkeypatch, cmil, name, lambda real, *args: real(*args))
-            for name in ("world_model_loss", "imagine", "discriminator_loss", "critic_targets",
-                         "critic_loss", "clone_loss")}
+            for name in ("world_model_loss", "imagine", "discriminator_loss", "target_values",
+                         "data_target", "model_critic_loss", "data_critic_loss", "clone_loss")}
     agent_disc = copy.deepcopy(agent.disc)               # as it was for this update
     agent.update(replay)
     L, B = c.length, c.batch
@@ -1121,13 +1137,246 @@ def test_update_uses_the_replay_half_and_the_demo_half(monkeypatch):
     assert s.shape[:2] == (L - 1, B) and (a == .5).all() and sigma == c.sigma
     assert policy_s.shape[:2] == policy_a.shape[:2] == (c.horizon, L * B)
     assert not policy_s.requires_grad and not policy_a.requires_grad and not s.requires_grad
-    _, _, dream, reward, feat, action, _ = seen["critic_targets"][0]
+    _, dream, reward, _ = seen["target_values"][0]
     assert torch.equal(reward, cmil.conservative_reward(agent_disc, dream, c))  # [P10], once
+    _, value, returns, feat, action, _ = seen["data_target"][0]
     assert (action == -.5).all() and torch.equal(feat, post.feat.detach())
-    _, _, _, feat, action, _ = seen["critic_loss"][0]
+    torch.manual_seed(0)
+    values, V = cmil.target_values(agent.targets, dream, reward, c)
+    assert torch.equal(value, values[0]) and torch.equal(returns, V[0])
+    _, target, of, _ = seen["model_critic_loss"][0]
+    assert torch.equal(target, V) and of is dream
+    _, target, feat, action = seen["data_critic_loss"][0]
+    assert target.shape == (L - 1, B)
     assert (action == -.5).all() and torch.equal(feat, post.feat.detach())
     _, feat, action = seen["clone_loss"][0]
     assert (action == .5).all() and torch.equal(feat[:-1], s)
+
+
+# ------------------------------------------------------------------------------------ other methods
+
+
+@pytest.mark.parametrize("algo", ["vmail", "dgail", "dbc"])
+def test_rows_of_the_table_are_cmil_with_other_options(algo, tmp_path):
+    """An update of the method and of cmil with the row's fields as flags: equal, bit for bit."""
+    states = []
+    for chosen, flags in ((algo, {}), ("cmil", cmil.ALGOS[algo])):
+        c = cmil.make_config({"env": "point", "preset": "debug", "algo": chosen, "device": "cpu",
+                              "logdir": str(tmp_path / chosen), **flags})
+        torch.manual_seed(0)
+        agent = cmil.AGENTS.get(chosen, cmil.Agent)(c, 2, cmil.setup_torch(c))
+        replay = agent_and_replay()[1]
+        for update in (agent.clone_update, agent.update):
+            update(replay)
+        states.append(agent.state_dict())
+    assert same(*states)
+
+
+def test_vmail_is_not_conservative(monkeypatch):
+    """One prior, no penalty, no seed rounds, no cloning: the start trains the world model alone,
+    and the actor's loss is [W6] without the BC term."""
+    agent, replay = agent_and_replay("vmail")
+    c = agent.c
+    assert (c.members, c.alpha, c.beta, c.seed_steps) == (1, 0, 0, 0) and not c.offline
+    assert capture_losses(agent, replay, agent.clone_update).keys() == {"world"}
+    results = []
+    calls_of(monkeypatch, cmil, "actor_loss", lambda real, *args: (
+        results.append(real(*args)) or results[0]))
+    losses, info = capture_losses(agent, replay, agent.update, "info")
+    assert torch.equal(losses["actor"], results[0][0]) and not info["uncertainty"].any()
+
+
+@pytest.mark.parametrize("algo", list(cmil.ALGOS))
+def test_every_method_trains_and_resumes(algo, tmp_path):
+    """A run to its end, and one that is stopped in the middle and goes on: equal, bit for bit."""
+    changes = dict(algo=algo, **{**cmil.ALGOS[algo], "steps": 150, "eval_every": 150})
+    if cmil.ALGOS[algo].get("pretrain", 1):
+        changes["pretrain"] = 3
+    state, lines = train(tmp_path / "a", **changes)
+    train(tmp_path / "b", stop_at=state["updates"] - 4, **changes)
+    again, again_lines = train(tmp_path / "b", **changes)
+    assert same(state, again) and lines == again_lines and state["updates"] >= 8
+    assert lines[-1]["step"] == 150 and "eval/success" in lines[-1]
+    played = sorted((tmp_path / "a" / "episodes").glob("*.npz"))
+    assert len(played) == (0 if changes.get("offline") else 3)
+
+
+def test_match_is_literally_eq_8():
+    """<x, y> / max(|x|, |y|)^2, by hand and in loops; 1 for equals, and zero vectors are no NaN."""
+    x, y = torch.tensor([3., 4.]), torch.tensor([1., 2.])
+    assert cmil.match(x, y).item() == pytest.approx(11 / 25)
+    assert cmil.match(x, x).item() == pytest.approx(1) and cmil.match(x, -x).item() == -1
+    assert cmil.match(x, 2 * x).item() == pytest.approx(.5)
+    assert cmil.match(0 * x, 0 * x).item() == 0
+    x, y = torch.randn(4, 3, 6, dtype=torch.float64), torch.randn(4, 3, 6, dtype=torch.float64)
+    for t, n in itertools.product(range(4), range(3)):
+        a, b = numbers(x[t, n]), numbers(y[t, n])
+        assert cmil.match(x, y)[t, n].item() == pytest.approx(
+            sum(a * b) / max(np.sqrt(sum(a * a)), np.sqrt(sum(b * b))) ** 2)
+
+
+def test_ditto_compares_states_of_the_same_step(monkeypatch):
+    """Rollouts begin at rows 0 ... L-H-1 of the demos' windows; after k steps from row t, the
+    dream's deter meets the expert's of row t + k; that is the reward, for [W5], [W6] and [W7]."""
+    agent, replay = agent_and_replay("ditto")
+    c, seen = agent.c, {name: calls_of(monkeypatch, cmil, name, lambda real, *args: real(*args))
+                        for name in ("match", "imagine", "world_model_loss", "actor_loss",
+                                     "target_values", "model_critic_loss")}
+    losses = capture_losses(agent, replay, agent.update)
+    L, B, H = c.length, c.batch, c.horizon
+    _, image, post, _ = seen["world_model_loss"][0]
+    rows = (replay.image[:42].float() / 255 - .5).movedim(-1, 1).flatten(1)
+    assert all((rows == frame.flatten()).all(1).any() for frame in image[:, 0])   # of the demos
+    _, _, start, led_here, horizon = seen["imagine"][0]
+    assert horizon == H and start.deter.shape[0] == len(led_here) == (L - H) * B
+    assert not start.deter.requires_grad
+    x, y = seen["match"][0]
+    assert x.shape == y.shape == (H, (L - H) * B, c.deter) and not y.requires_grad
+    for k, t, b in itertools.product(range(H), range(L - H), range(B)):
+        assert torch.equal(y[k, t * B + b], post.deter[t + k + 1, b])
+        assert torch.equal(start.deter[t * B + b], post.deter[t, b])
+    _, dream, reward, _ = seen["actor_loss"][0]
+    assert torch.equal(x, dream.feat[1:, :, c.stoch:]) and torch.equal(reward, cmil.match(x, y))
+    assert seen["target_values"][0][2] is reward
+    assert seen["model_critic_loss"][0][1].shape == (H, (L - H) * B)
+    assert losses.keys() == {"world", "critics", "actor"}
+    parts = {name.split(".")[1] for name in touched(losses["actor"], agent.world)}
+    assert parts == {"input", "gru", "norm", "priors"}   # gradients go through the dynamics
+
+
+def test_bc_clones_single_frames_end_to_end():
+    """-mean log pi(action[t+1] | image[t]) of the demos' windows; encoder and policy learn."""
+    agent, replay = agent_and_replay("bc")
+    torch.manual_seed(0)
+    loss, = capture_losses(agent, replay, agent.clone_update).values()
+    torch.manual_seed(0)
+    image, action = replay.sample_demos(agent.c.batch)
+    pixels, total = cmil.to_float(image), 0
+    for t in range(len(image) - 1):
+        total -= agent.policy(pixels[t]).log_prob(action[t + 1]).mean() / (len(image) - 1)
+    assert loss.item() == pytest.approx(total.item(), rel=1e-4)
+    assert touched(loss, agent.policy) == {name for name, _ in agent.policy.named_parameters()}
+    first, carry = agent.act(image[0].numpy(), None, False)
+    second, _ = agent.act(image[0].numpy(), agent.act(image[1].numpy(), carry, False)[1], False)
+    assert np.array_equal(first, second)                 # it has no memory
+
+
+def test_n_step_target_is_literally_the_sum():
+    """y_t = sum_{k<n} g^k r_{t+k} + g^n v_{t+n} in loops; one of them by hand."""
+    reward, value = torch.randn(6, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
+    y = cmil.n_step_target(reward, value, .9, 3)
+    assert y.shape == (4, 3)
+    for t, b in itertools.product(range(4), range(3)):
+        want = sum(.9 ** k * reward[t + k, b].item() for k in range(3)) + .9**3 * value[t + 3, b]
+        assert y[t, b].item() == pytest.approx(want.item())
+    hand = cmil.n_step_target(torch.tensor([[1.], [2.]]), torch.tensor([[9.], [9.], [4.]]), .5, 2)
+    assert hand.tolist() == [[1 + 1 + 1]]
+
+
+def test_gradient_penalty_of_a_linear_discriminator():
+    """logit = w x: the gradient is w wherever it is taken, so that the penalty is (|w| - 1)^2; it
+    pulls |w| towards 1. And it is taken between the pairs: at their own place if they are equal."""
+    disc = cmil.Discriminator(2, 1, 8, 1)
+    w = nn.Parameter(torch.tensor([2., 3., 6.]))
+    disc.layers = Function(lambda x: (x * w).sum(-1, keepdim=True))
+    pair = torch.randn(5, 2), torch.randn(5, 1)
+    other = torch.randn(5, 2), torch.randn(5, 1)
+    penalty = cmil.gradient_penalty(disc, pair, other)
+    assert penalty.item() == pytest.approx((7 - 1) ** 2)
+    gradient, = torch.autograd.grad(penalty, w)
+    np.testing.assert_allclose(gradient, 2 * 6 * w.detach() / 7, rtol=1e-5)
+    disc.layers = Function(lambda x: (x ** 2).sum(-1, keepdim=True))
+    norms = 2 * torch.cat(pair, -1).norm(dim=-1)
+    assert cmil.gradient_penalty(disc, pair, pair).item() == pytest.approx(
+        ((norms - 1) ** 2).mean().item(), rel=1e-5)
+
+
+def test_random_shifts_are_crops_of_the_padded_frame():
+    """Each frame is one of the 81 crops of its copy with repeated edges; in time all are drawn."""
+    x = torch.randn(400, 2, 8, 8)
+    padded = nn.functional.pad(x, (4, 4, 4, 4), mode="replicate")
+    shifted, seen = cmil.random_shift(x), set()
+    assert shifted.shape == x.shape
+    for i in range(len(x)):
+        fits = [(r, k) for r in range(9) for k in range(9)
+                if torch.equal(shifted[i], padded[i, :, r:r + 8, k:k + 8])]
+        assert len(fits) == 1
+        seen.add(fits[0])
+    assert {r for r, _ in seen} == {k for _, k in seen} == set(range(9)) and len(seen) > 60
+
+
+def test_pdac_pairs_stacks_actions_and_targets(monkeypatch):
+    """A stack holds its row's frame and the two before; Q(s_t, a_t) meets the three rewards from
+    there on and the value three rows later; all of it with the right action."""
+    agent, replay = agent_and_replay("pdac")
+    c, L = agent.c, agent.c.length
+    monkeypatch.setattr(cmil, "random_shift", lambda x: x)
+    number = torch.arange(len(replay.image), dtype=torch.uint8)
+    replay.image[:] = number[:, None, None, None]        # each row's number, in its pixels ...
+    replay.action[:] = number[:, None] / 255             # ... and in its action
+    stacks = []
+    agent.critics["encoder"].forward = lambda x: (
+        stacks.append(x), x[..., 6:7, 0, 0] + .5)[1]     # embed: the number of the last frame / 255
+    seen = calls_of(monkeypatch, cmil, "n_step_target", lambda real, *args: real(*args))
+    agent.disc.forward = lambda s, a, sigma=0.: (s - 2 * a[..., :1])[..., 0]
+    agent.disc.layers = Function(lambda x: x.sum(-1, keepdim=True))
+    asked = []
+
+    def heads(s, a):
+        asked.append((s, a))
+        return torch.stack([s[..., 0], 2 * s[..., 0]]).requires_grad_()
+    agent.critics["heads"].forward = agent.targets["heads"].forward = heads
+    agent.actor.forward = lambda s: cmil.TruncatedNormal(torch.zeros(*s.shape[:-1], 2), torch.ones(
+        *s.shape[:-1], 2))
+    losses = capture_losses(agent, replay, agent.update)
+    assert stacks[0].shape == (L - 2, c.batch, 9, 64, 64)
+    frames = (stacks[0][:, :, ::3, 0, 0] + .5) * 255     # (L-2, B, 3)
+    assert torch.allclose(frames[..., 1] - frames[..., 0], torch.ones(())) and torch.allclose(
+        frames[..., 2] - frames[..., 0], 2 * torch.ones(()))
+    row = frames[..., 2]
+    reward, value, gamma, n = seen[0]
+    # The pair of row t is (embed[t], action[t+1]), whose numbers differ by one.
+    torch.testing.assert_close(reward * 255, row[:-1] - 2 * (row[:-1] + 1))
+    torch.testing.assert_close(value * 255, row)         # min of s and 2 s
+    assert (gamma, n) == (c.gamma, 3)
+    s, a = asked[1]
+    torch.testing.assert_close(s[..., 0] * 255, row[:L - 5])
+    torch.testing.assert_close(a[..., 0] * 255, row[:L - 5] + 1)
+    y = sum(c.gamma ** k * reward[k:k + L - 5] for k in range(3)) + c.gamma ** 3 * value[3:]
+    want = ((s[..., 0] - y) ** 2).mean() + ((2 * s[..., 0] - y) ** 2).mean()
+    assert losses["critics"].item() == pytest.approx(want.item(), rel=1e-5)
+    torch.testing.assert_close(losses["actor"].item(), -(row / 255).mean().item() - c.entropy * (
+        cmil.TruncatedNormal(torch.zeros(2), torch.ones(2)).entropy()).item(), rtol=1e-4, atol=1e-5)
+
+
+def test_pdac_gradients_and_targets():
+    """The encoder learns from the critics alone; the targets follow by a hundredth each update."""
+    agent, replay = agent_and_replay("pdac")
+    losses = capture_losses(agent, replay, agent.update)
+    assert losses.keys() == {"critics", "actor", "disc"}
+    everything = {name for name, _ in agent.critics.named_parameters()}
+    assert touched(losses["critics"], agent.critics) == everything
+    assert not touched(losses["critics"], agent.disc) | touched(losses["critics"], agent.actor)
+    assert {name.split(".")[0] for name in touched(losses["actor"], agent.critics)} == {"heads"}
+    assert touched(losses["actor"], agent.actor) and not touched(losses["actor"], agent.disc)
+    assert touched(losses["disc"], agent.disc) and not touched(losses["disc"], agent.critics)
+    before = copy.deepcopy(agent.targets.state_dict())
+    agent.update(replay)
+    for name, now in agent.targets.state_dict().items():
+        torch.testing.assert_close(now, torch.lerp(before[name], agent.critics.state_dict()[name],
+                                                   .01))
+
+
+def test_pdac_acts_on_the_last_three_frames():
+    """Repeated at an episode's start; then each frame in turn, the oldest first."""
+    agent, _ = agent_and_replay("pdac")
+    image = np.stack([np.full((2, 64, 64, 3), 50 * t, np.uint8) for t in range(5)])
+    carry, stacks = None, []
+    for frame in image:
+        action, carry = agent.act(frame, carry)
+        stacks.append(((carry[:, ::3, 0, 0] + .5) * 255).round()[0].tolist())
+        assert action.shape == (2, 2) and action.dtype == np.float32
+    assert stacks == [[0, 0, 0], [0, 0, 50], [0, 50, 100], [50, 100, 150], [100, 150, 200]]
 
 
 # ------------------------------------------------------------------------------------ optimizer
@@ -1270,7 +1519,7 @@ def test_open_loop():
 
     def run(image, action):
         torch.manual_seed(0)
-        return agent.open_loop(image, action, 5)
+        return agent.open_loop(image, action)
     frames, spread = run(image, action)
     assert frames.shape == image.shape and frames.dtype == torch.uint8
     assert spread.shape == (3, 3) and (spread > 0).all()
@@ -1322,26 +1571,6 @@ def test_an_update_never_asks_for_a_value(update):
         assert all(value.shape == () for value in info.values())
         with pytest.raises(DataDependentOutputException):
             float(info["recon"])
-
-
-def test_compiled_steps_compute_the_same(monkeypatch):
-    """--compile changes the speed, not the numbers, nor the names of the weights.
-
-    Its tracing is what could go wrong here; the eager backend then runs what was traced.
-    """
-    traced = calls_of(monkeypatch, torch, "compile", lambda real, function, **options: real(
-        function, backend="eager", **options))
-    infos, names = [], []
-    for on in (False, True):
-        torch.manual_seed(0)
-        agent, replay = agent_and_replay(compile=on)
-        infos.append([agent.clone_update(replay), agent.update(replay)])
-        names.append(agent.world.state_dict().keys())
-    assert [function.__name__ for function, *_ in traced] == ["step_post", "step_prior"]
-    assert names[0] == names[1]
-    for plain, compiled in zip(*infos):
-        for key in plain:
-            assert plain[key].item() == pytest.approx(compiled[key].item(), rel=1e-4, abs=1e-5), key
 
 
 class PretendGraph:
@@ -1637,7 +1866,7 @@ def test_gif(tmp_path):
     """save_gif writes all frames, enlarged, readable by imageio."""
     import imageio.v3 as iio
     frames = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
-    cmil.save_gif(tmp_path / "x.gif", frames)
+    envs.save_gif(tmp_path / "x.gif", frames)
     assert iio.imread(tmp_path / "x.gif").shape[:3] == (6, 256, 256)
 
 
@@ -2000,10 +2229,10 @@ def test_resume_with_a_changed_field_names_it(words, name, uninterrupted, capsys
 def test_what_may_change_on_resume(uninterrupted, tmp_path):
     """Every field of RESUME_MAY_CHANGE is accepted by make_config on an existing run."""
     changes = dict(steps=300, minutes=1., log_every=3, eval_every=70, eval_episodes=3,
-                   checkpoint_minutes=2., threads=2, graph="off", compile=True)
+                   checkpoint_minutes=2., threads=2, graph="off")
     assert set(changes) | {"logdir"} == set(cmil.RESUME_MAY_CHANGE)
     words = [word for k, v in changes.items()
-             for word in [f"--{k.replace('_', '-')}", str(v)] if word != "True"]
+             for word in [f"--{k.replace('_', '-')}", str(v)]]
     explicit, _ = cmil.parse(finished(uninterrupted, *words))
     assert cmil.make_config(explicit).steps == 300
 
@@ -2059,14 +2288,13 @@ def test_eval_uses_the_checkpoint(uninterrupted):
     assert steps == 50 and same(agent.state_dict()["modules"], uninterrupted[1]["modules"])
 
 
-def test_eval_of_a_run_made_with_cuda_and_a_compiler(uninterrupted, tmp_path, monkeypatch):
-    """Neither is needed to evaluate: --graph on and --compile only speed up learning."""
+def test_eval_of_a_run_made_with_cuda(uninterrupted, tmp_path, monkeypatch):
+    """It is not needed to evaluate: --graph on only speeds up learning."""
     run = tmp_path / "run"
     shutil.copytree(uninterrupted[0], run)
     stored = json.loads((run / "config.json").read_text())
-    stored["config"] |= {"graph": "on", "compile": True}
+    stored["config"] |= {"graph": "on"}
     (run / "config.json").write_text(json.dumps(stored))
-    monkeypatch.setattr(cmil.shutil, "which", lambda name: None)         # no compiler
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     _, agent, vec, _ = cmil.load_agent(run)
     vec.close()
