@@ -7,7 +7,7 @@ ensemble's disagreement), and an actor and a critic ensemble inside the model.
 
     python cmil.py --env kitchen                      train (the same command resumes)
     python cmil.py --eval runs/kitchen-cmil-s0 --episodes 100 --video rollout.gif
-    python cmil.py --plot runs/kitchen-cmil-s0 --out curve.png
+    python cmil.py --plot runs/kitchen-cmil-s* --out curve.png
     python cmil.py --bench --preset paper
 
 EQUATIONS   [P]: the L4DC paper; [W]: its workshop version; [C]: the released code; [D2]: DreamerV2.
@@ -245,8 +245,7 @@ def bootstrap_ci(values, draws=10_000):
     """95% bootstrap confidence interval of the mean of a 1-D array -> (low, high)."""
     values = np.asarray(values, np.float64)
     index = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-    low, high = np.percentile(values[index].mean(1), [2.5, 97.5])
-    return float(low), float(high)
+    return tuple(np.percentile(values[index].mean(1), [2.5, 97.5]).tolist())
 
 
 # --- Distributions --------------------------------------------------------------------------------
@@ -400,8 +399,7 @@ class Discriminator(nn.Module):
     def forward(self, s, a, sigma=0.0):
         """s (..., F), a (..., A) -> logit (...); sigma: noise on the whole input."""
         x = torch.cat([s, a], -1)
-        if sigma:
-            x = x + sigma * torch.randn_like(x)
+        x = x + sigma * torch.randn_like(x) if sigma else x
         return self.layers(x).float().squeeze(-1)
 
 
@@ -1016,8 +1014,8 @@ class Ditto(Agent):
 
 def match(x, y):
     """[T] eq. 8: <x, y> / max(|x|, |y|)^2; 1 where x = y: (..., D) twice -> (...)"""
-    largest = torch.maximum(x.square().sum(-1), y.square().sum(-1))
-    return (x * y).sum(-1) / largest.clamp(min=1e-12)
+    largest = torch.maximum(x.square().sum(-1), y.square().sum(-1)).clamp(min=1e-12)
+    return (x * y).sum(-1) / largest
 
 
 class PixelAgent(Learner):
@@ -1443,13 +1441,13 @@ class Trainer:
               f"success {self.last_success:.2f}", flush=True)
 
     def announce(self, demos, facts):
-        agent, c = self.agent, self.c
+        c = self.c
         counts = ", ".join(f"{name} {sum(p.numel() for p in network.parameters()):,}"
-                           for name, network in agent.networks.items())
-        print(f"{c.algo} on {c.env}, preset {c.preset}, {agent.device}, seed {c.seed}, {self.dir}\n"
+                           for name, network in self.agent.networks.items())
+        print(f"{c.algo} on {c.env}, preset {c.preset}, seed {c.seed}, {self.dir}\n"
               f"{len(demos)} demos, {c.num_envs} environments of {self.T} steps"
               f"{facts['gl_renderer'] and ', GL: '}{facts['gl_renderer']}\nparameters: {counts}\n"
-              f"at step {self.step}, update {agent.updates}", flush=True)
+              f"{self.agent.device}, step {self.step}, update {self.agent.updates}", flush=True)
 
     def write_config(self, facts):
         """config.json: every field, and what the run depends on beside them."""
@@ -1564,17 +1562,17 @@ def setup_torch(c):
 
 def parse(argv):
     """The command line -> (dict of the config fields given, namespace of the other options)."""
-    parser = argparse.ArgumentParser(
-        prog="cmil.py", description=__doc__.split("\n")[0], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    about = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(prog="cmil.py", description=about, allow_abbrev=False)
     parser.error = lambda message: die(f"{message}; see python cmil.py --help")
     tools = parser.add_argument_group("instead of training")
     tool = tools.add_mutually_exclusive_group()
     tool.add_argument("--eval", metavar="RUN", help="evaluate a run's checkpoint; one JSON line")
-    tools.add_argument("--episodes", type=int, default=100, help="how many episodes --eval runs")
+    tools.add_argument("--episodes", type=int, default=100, help="episodes of --eval (100)")
     tools.add_argument("--video", metavar="FILE.gif", help="with --eval: write a rollout")
     tool.add_argument("--plot", metavar="RUN", nargs="+", help="draw learning curves")
-    tools.add_argument("--out", default="curves.png", help="the picture --plot writes")
+    tool.add_argument("--plot-bound", metavar="RUN", help="draw the terms of the paper's bound")
+    tools.add_argument("--out", default="curves.png", help="the picture that is drawn (curves.png)")
     tool.add_argument("--bench", action="store_true", help="measure the speed; one JSON line")
     fields = parser.add_argument_group("configuration (presets change some of the defaults)")
     for field in dataclasses.fields(Config):
@@ -1583,7 +1581,8 @@ def parse(argv):
         fields.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{field.metadata['help']} (default: {field.default})", **kind)
     args = vars(parser.parse_args(argv))
-    for option, tool in (("episodes", "eval"), ("video", "eval"), ("out", "plot")):
+    drawing = "plot_bound" if args["plot_bound"] else "plot"
+    for option, tool in (("episodes", "eval"), ("video", "eval"), ("out", drawing)):
         if args[option] != parser.get_default(option) and not args[tool]:
             die(f"--{option} does nothing without --{tool}")
     explicit = {f.name: args.pop(f.name) for f in dataclasses.fields(Config) if f.name in args}
@@ -1685,9 +1684,10 @@ def main(argv=None):
         if args.eval:
             return evaluate_run(args.eval, args.episodes, args.video, explicit)
         sys.path.insert(0, str(pathlib.Path(__file__).parent / "results"))
-        if args.plot:
+        if args.plot or args.plot_bound:
             import figures
-            return figures.plot(args.plot, args.out)
+            draw = figures.plot if args.plot else figures.plot_bound
+            return draw(args.plot or args.plot_bound, args.out)
         if args.bench:
             import bench
             return bench.bench(explicit)

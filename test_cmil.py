@@ -2464,6 +2464,58 @@ def test_plot_from_the_command_line(uninterrupted, tmp_path):
     assert answer.returncode == 0 and (tmp_path / "x.png").stat().st_size > 5000, answer.stderr
 
 
+def test_smoothing_and_scaling_of_the_bound(figures):
+    """Means over windows that shrink at the ends, in loops; [0, 1]; a constant becomes zeros."""
+    values = np.array([3., 1., 4., 1., 5., 9.])
+    for width in (1, 3, 4):
+        want = [values[max(0, i - width // 2):i + width // 2 + 1].mean() for i in range(6)]
+        np.testing.assert_allclose(figures.smoothed(values, width), want)
+    assert figures.normalised([2, 4, 3]).tolist() == [0, 1, .5]
+    assert figures.normalised([2, 2]).tolist() == [0, 0]
+
+
+def test_parts_of_the_bound(figures, tmp_path):
+    """Each over its own steps, in [0, 1]; a higher return is a smaller gap."""
+    _, entries = figures.read_run(fake_run(tmp_path / "run", 1))
+    for i, entry in enumerate(entries):
+        entry["eval/return" if "eval/success" in entry else "disc/gap"] = i
+    parts = figures.bound_parts(entries)
+    assert parts.keys() == {"disc/gap", "eval/return"}
+    step, gap = parts["eval/return"]
+    assert step.tolist() == [0, 10, 20, 30] and gap.tolist() == [1, .5, .25, 0]
+    assert parts["disc/gap"][0].tolist() == [5]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no matplotlib")
+def test_plot_bound(uninterrupted, figures, tmp_path, monkeypatch, capsys):
+    """--plot-bound RUN draws its four curves; a run without a discriminator is one line."""
+    from matplotlib import axes
+    labels = []
+    calls_of(monkeypatch, axes.Axes, "plot", lambda real, *args, **options: (
+        labels.append(options["label"]), real(*args, **options))[1])
+    cmil.main(["--plot-bound", str(uninterrupted[0]), "--out", str(tmp_path / "x.png")])
+    assert labels == list(figures.BOUND.values()) and (tmp_path / "x.png").stat().st_size > 5000
+    with pytest.raises(SystemExit) as stop:
+        cmil.main(["--plot-bound", fake_run(tmp_path / "dbc", 0, "dbc")])
+    assert stop.value.code == 2 and "dbc has no discriminator" in one_error_line(capsys)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no matplotlib")
+@pytest.mark.parametrize("env, tasks, lines", [
+    ("kitchen", "", {"eval/success": 1, "eval/tasks": 4}), ("TestCountdown-v0", "", {}),
+    ("kitchen", "kettle+microwave", {"eval/success": 1, "eval/tasks": 2})])
+def test_curves_have_the_experts_line(env, tasks, lines, figures, tmp_path, monkeypatch):
+    """What the demonstrations reach, where they are the project's own."""
+    from matplotlib import axes
+    drawn = calls_of(monkeypatch, axes.Axes, "axhline", lambda real, *args, **options: real(
+        *args, **options))
+    run = fake_run(tmp_path / "run", 0)
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"config": {
+        "env": env, "tasks": tasks, "algo": "cmil"}}))
+    figures.plot([run], str(tmp_path / "x.png"))
+    assert [height for _, height in drawn] == list(lines.values())
+
+
 @pytest.mark.parametrize("problem", ["empty", "missing", "damaged", "no evaluation", "folder"])
 def test_plot_of_a_bad_run(problem, figures, tmp_path, capsys):
     """One line that names the run, exit code 2."""

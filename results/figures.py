@@ -1,11 +1,14 @@
-"""Learning curves of runs, the paper's Figure 2: mean over seeds with a 95% bootstrap interval.
+"""Learning curves of runs, the paper's Figure 2: mean over seeds with a 95% bootstrap interval; and
+the parts of the paper's bound for one run, its Figure 3.
 
     python cmil.py --plot RUN [RUN ...] --out curves.png          the same thing
     python results/figures.py RUN [RUN ...] --out curves.pdf [--x time]
+    python cmil.py --plot-bound RUN --out bound.png               Figure 3
 
 A run is a folder with config.json and metrics.jsonl. Runs of one method in one environment are its
 seeds and become one curve. One column an environment; above success, below what the environment
-counts beside it. Methods differ in line style and marker too, so a copy in grey can be read.
+counts beside it; a thin line is what its demonstrations reach. Methods differ in line style and
+marker too, so a copy in grey can be read.
 Only this file needs matplotlib.
 """
 import argparse
@@ -21,6 +24,9 @@ from cmil import bootstrap_ci, die  # noqa: E402  (the project's one file, one f
 # What is drawn: name in metrics.jsonl -> label of the axis.
 MEASURES = {"eval/success": "success rate", "eval/tasks": "tasks completed",
             "eval/rotation": "rotation"}
+# What the demonstrations that ship with an environment reach (each of them succeeds).
+EXPERT = {"kitchen": {"eval/success": 1, "eval/tasks": 4}, "point": {"eval/success": 1},
+          "baoding": {"eval/success": 1, "eval/rotation": 1.22}}
 # An offline run takes no environment steps: its log says which online run learned as much.
 X_LABELS = {"step": "environment steps\n(offline: steps of an online run with as many updates)",
             "update": "gradient updates", "time": "hours"}
@@ -29,7 +35,7 @@ STYLES = [("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ((0, (5, 1)), "v"), 
 
 
 def read_run(run):
-    """A run's folder -> its config (dict) and its evaluations (list of dicts, in order)."""
+    """A run's folder -> its config (dict) and its log (list of dicts, in order)."""
     run = pathlib.Path(run)
     try:
         config = json.loads((run / "config.json").read_text())["config"]
@@ -39,10 +45,9 @@ def read_run(run):
         die(f"--plot {run}: cannot read {error.filename} ({error.strerror}); give folders of runs")
     except (ValueError, KeyError, TypeError) as error:
         die(f"--plot {run}: config.json or metrics.jsonl is damaged ({error})")
-    evaluations = [entry for entry in entries if "eval/success" in entry]
-    if not evaluations:
+    if not any("eval/success" in entry for entry in entries):
         die(f"--plot {run}: metrics.jsonl holds no evaluation yet")
-    return config, evaluations
+    return config, entries
 
 
 def curve(seeds, key, x):
@@ -69,15 +74,11 @@ def plot(runs, out, x="step"):
     """Draw the learning curves of `runs` (folders) into the picture `out`; x: see X_LABELS."""
     groups = {}                                 # environment -> method -> evaluations of each seed
     for run in runs:
-        config, evaluations = read_run(run)
-        groups.setdefault(config["env"], {}).setdefault(config["algo"], []).append(evaluations)
-    try:
-        import matplotlib
-    except ImportError:
-        die("--plot needs matplotlib, which is not installed: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+        config, entries = read_run(run)
+        env = " ".join(filter(None, (config["env"], config.get("tasks"))))
+        groups.setdefault(env, {}).setdefault(config["algo"], []).append(
+            [entry for entry in entries if "eval/success" in entry])
+    plt = pyplot()
     entries = [entry for methods in groups.values() for seeds in methods.values() for seed in seeds
                for entry in seed]
     measures = ["eval/success"] + [  # where there is one task, its count is the success again
@@ -102,6 +103,11 @@ def plot(runs, out, x="step"):
                           label=f"{algo} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})")
                 if low is not None:
                     axis.fill_between(at / unit, low, high, color=colour, alpha=0.2, lw=0)
+            best = EXPERT.get(env.split()[0], {}).get(key)
+            if key == "eval/tasks" and " " in env:
+                best = env.count("+") + 1
+            if best:
+                axis.axhline(best, color="0.4", lw=0.8, ls=(0, (6, 2)), label="demonstrations")
             axis.set_ylabel(MEASURES[key])
             axis.grid(alpha=0.3)
             if key == "eval/success":
@@ -111,12 +117,88 @@ def plot(runs, out, x="step"):
                 axis.set_ylim(bottom=-0.1, top=max(1.1, axis.get_ylim()[1]))
         axes[0, column].set_title(env)
         axes[-1, column].set_xlabel(X_LABELS[x])
+    save(figure, out)
+
+
+def pyplot():
+    """matplotlib.pyplot, without a window."""
+    try:
+        import matplotlib
+    except ImportError:
+        die("--plot needs matplotlib, which is not installed: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    return plt
+
+
+def save(figure, out):
     try:
         figure.savefig(out, dpi=150, bbox_inches="tight")
     except (OSError, ValueError) as error:
         die(f"--out {out}: cannot write the picture ({error})")
     finally:
-        plt.close(figure)
+        pyplot().close(figure)
+
+
+# Figure 3: name in metrics.jsonl -> what it estimates. In the paper's words, the distribution
+# mismatch, the model mismatch under the policy and under the expert, and what they bound.
+BOUND = {"disc/gap": "discriminator gap: D(expert) - D(policy)",
+         "uncertainty": "disagreement, policy in the model",
+         "uncertainty_expert": "disagreement, along expert actions",
+         "eval/return": "performance gap to the best evaluation (task's own reward)"}
+
+
+def normalised(values):
+    """Scaled to [0, 1] from least to most; zeros if all are equal."""
+    values = np.asarray(values, float)
+    spread = values.max() - values.min()
+    return (values - values.min()) / (spread or 1)
+
+
+def smoothed(values, width):
+    """Mean of the `width` values around each, fewer at both ends."""
+    total = np.concatenate([[0], np.cumsum(values)])
+    at = np.arange(len(values))
+    low, high = np.maximum(at - width // 2, 0), np.minimum(at + width // 2 + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def bound_parts(entries):
+    """A run's log -> {name of BOUND: environment steps (P,), values in [0, 1] (P,)}.
+
+    The return becomes a gap: how far it is below the best. (The gap to the expert differs from
+    that by a constant, which is lost when a curve is scaled to [0, 1].) Curves of training are
+    means over a tenth of their points.
+    """
+    parts = {}
+    for key in BOUND:
+        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+        if not points:
+            continue
+        step, values = np.array(points, float).T
+        if key == "eval/return":
+            values = values.max() - values
+        else:
+            values = smoothed(values, max(1, len(values) // 10))
+        parts[key] = step, normalised(values)
+    return parts
+
+
+def plot_bound(run, out):
+    """Draw Figure 3 for one run (a folder) into the picture `out`."""
+    config, entries = read_run(run)
+    parts = bound_parts(entries)
+    if "disc/gap" not in parts:
+        die(f"--plot-bound {run}: {config['algo']} has no discriminator, or its run has not begun")
+    figure, axis = pyplot().subplots(figsize=(7, 4), layout="constrained")
+    for (key, (step, values)), (line, marker) in zip(parts.items(), STYLES):
+        axis.plot(step, values, ls=line, marker=marker, ms=4, label=BOUND[key],
+                  markevery=max(1, len(step) // 12))
+    axis.set(xlabel=X_LABELS["step"].split("\n")[0], ylabel="scaled to [0, 1]",
+             title=f"{config['algo']}, {config['env']}", ylim=(-0.03, 1.03))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, handlelength=3.5)
+    save(figure, out)
 
 
 def main():

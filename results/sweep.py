@@ -61,7 +61,7 @@ def row(run):
     """A run's evaluations in order, its final ones, and its learning signals -> dict."""
     lines = [json.loads(line) for line in open(run / "metrics.jsonl")]
     curve = [line["eval/tasks"] for line in lines if "eval/tasks" in line]
-    last = last_fifth(lines, "recon")
+    last = last_fifth(lines, "ups")
     out = {"run": run.name, "tasks": curve}
     for name in EVALUATIONS:
         if (run / name).exists():
