@@ -5,7 +5,7 @@ L4DC 2024 (arXiv 2405.13193). From 10-20 demonstrations and no reward, learn a w
 ensemble of latent priors, a discriminator on latent state-action pairs (the only reward, minus the
 ensemble's disagreement), and an actor and a critic ensemble inside the model.
 
-    python cmil.py --env kitchen                      train (the same command resumes)
+    python cmil.py --env kitchen [--algo ...]         train (the same command resumes)
     python cmil.py --eval runs/kitchen-cmil-s0 --episodes 100 --video rollout.gif
     python cmil.py --plot runs/kitchen-cmil-s* --out curve.png
     python cmil.py --bench --preset paper
@@ -112,10 +112,9 @@ class Config:
     minutes: float = opt(0.0, "stop cleanly after so many minutes of wall time; 0: never", least=0)
     device: str = opt("auto", "where to learn; auto: CUDA if there is one", ("auto", "cpu", "cuda"))
     threads: int = opt(0, "CPU threads of the learner; 0: torch's own choice", least=0, most=4096)
-    precision: str = opt("auto", "bfloat16 autocast on convolutions and MLPs, or float32; "
-                         "auto: bfloat16 on CUDA", ("auto", "float32", "bfloat16"))
-    graph: str = opt("auto", "on CUDA, record an update once as a graph and replay it; auto: go on "
-                     "without where that fails", ("auto", "on", "off"))
+    precision: str = opt("auto", "auto: bfloat16 on CUDA", ("auto", "float32", "bfloat16"))
+    graph: str = opt("auto", "replay an update as a CUDA graph; auto: if it can be recorded",
+                     ("auto", "on", "off"))
     # Environment and demonstrations
     tasks: str = opt("", "kitchen: tasks joined by +, such as microwave+kettle; empty: all four")
     episode_steps: int = opt(0, "episode length; 0: the environment's own", least=0)
@@ -206,7 +205,8 @@ ENV_PRESETS = {
                                steps=30_000, eval_every=3_000, eval_episodes=10),
 }
 
-# A resumed run may change these; any other difference is refused.
+# What --eval may change, and a resumed run; any other difference is refused.
+EVAL_MAY_CHANGE = ("seed", "device", "threads", "num_envs", "eval_sample")
 RESUME_MAY_CHANGE = ("steps", "minutes", "log_every", "eval_every", "eval_episodes",
                      "checkpoint_minutes", "threads", "graph", "logdir")
 
@@ -704,10 +704,6 @@ class Optimizer:
         self.skipped = torch.zeros((), device=self.params[0].device)      # in all
         self.skipped_now = torch.zeros_like(self.skipped)                 # in a row
 
-    def gradients(self, loss):
-        """d loss / d params; every other network that the loss runs through is left alone."""
-        return torch.autograd.grad(loss, self.params)
-
     def step(self, grads):
         """One update; -> the norm before clipping. No host synchronisation."""
         for param, grad in zip(self.params, grads):
@@ -776,17 +772,17 @@ class Graphed:
 
 
 class Learner:
-    """What every method has: networks with an optimizer each, a count of updates, a state to save.
-    `critics`, if they are among the networks, have `targets` that follow them."""
+    """What every method has: networks with an optimizer each, a count of updates, a state to save;
+    and `targets`, which follow one of the networks or a part of it, `followed`."""
     clone_step = gradient_step = None  # a method has one or both: (replay) -> info
 
-    def __init__(self, c, device, **networks):
+    def __init__(self, c, device, followed=None, **networks):
         self.c, self.device, self.updates, self.networks = c, device, 0, networks
         for name, network in networks.items():
             setattr(self, name, initialize(network).to(device))
         self.modules = dict(networks)  # all that is saved
-        if "critics" in networks:
-            self.targets = copy.deepcopy(self.critics).requires_grad_(False)
+        if followed:
+            self.targets, self.followed = copy.deepcopy(followed).requires_grad_(False), followed
             self.modules["targets"] = self.targets
         self.opts = {name: Optimizer(network, c.disc_lr if name == "disc" else c.lr, c)
                      for name, network in networks.items()}
@@ -814,16 +810,17 @@ class Learner:
         return self.count(self.graphed_gradient_step(replay))
 
     def count(self, info):
-        """Count the update; on schedule move the targets to the critics."""
+        """Count the update; on schedule move the targets towards what they follow."""
         self.updates += 1
         if "targets" in self.modules and self.updates % self.c.target_every == 0:
-            for target, source in zip(self.targets.parameters(), self.critics.parameters()):
+            for target, source in zip(self.targets.parameters(), self.followed.parameters()):
                 target.data.lerp_(source.data, self.c.tau)
         return info
 
     def apply(self, losses, info):
-        """Take all gradients, then all steps."""
-        grads = {name: self.opts[name].gradients(loss) for name, loss in losses.items()}
+        """Take all gradients, each network's of its own loss alone; then all steps."""
+        grads = {name: torch.autograd.grad(loss, self.opts[name].params)
+                 for name, loss in losses.items()}
         for name, grad in grads.items():
             info[f"grad/{name}"] = self.opts[name].step(grad)
         return {name: value.detach() for name, value in info.items()}
@@ -874,11 +871,11 @@ class Agent(Learner):
     """CMIL: everything that learns. c: Config; action: A; device: torch.device."""
 
     def __init__(self, c, action, device):
-        feat = c.stoch + c.deter
+        sizes = c.stoch + c.deter, action, c.units, c.layers
+        critics = Critics(c.critics, *sizes)
         super().__init__(
-            c, device, world=WorldModel(c, action), actor=Actor(feat, action, c.units, c.layers),
-            disc=Discriminator(feat, action, c.disc_units, c.disc_layers),
-            critics=Critics(c.critics, feat, action, c.units, c.layers))
+            c, device, critics, world=WorldModel(c, action), actor=Actor(*sizes), critics=critics,
+            disc=Discriminator(c.stoch + c.deter, action, c.disc_units, c.disc_layers))
 
     @torch.no_grad()
     def act(self, image, carry=None, sample=True):
@@ -990,8 +987,8 @@ class Ditto(Agent):
     dream        s0 ->   s1 ->   s2 ->   s3       the policy, in the model
     reward      [r0]    [r1]    [r2]              r_t = match(s_{t+1}, z_{t+1})
 
-    Departures from [T]: world model and policy learn side by side, not one after the other; the
-    actor's gradient goes through the dynamics; networks, rates, gamma and H are CMIL's."""
+    Departures from [T]: after the start, world model and policy learn side by side; the actor's
+    gradient goes through the dynamics; networks, rates, gamma and H are CMIL's; D stays idle."""
 
     def gradient_step(self, replay):
         c, world, H = self.c, self.world, self.c.horizon
@@ -1002,7 +999,7 @@ class Ditto(Agent):
             world_loss, info = world_model_loss(world, image, post, c)                  # [P1]
             post = post.map(lambda x: x.detach())
             expert = torch.stack([post.deter[t:t + starts].flatten(0, 1) for t in range(1, H + 1)])
-            start = post.map(lambda x: x[:starts].flatten(0, 1))            # (N, ...)
+            start = post.map(lambda x: x[:starts].flatten(0, 1))            # N = (L-H) B
             dream = imagine(world.rssm, self.actor, start, action[:starts].flatten(0, 1), H)
             reward = match(dream.feat[1:, :, c.stoch:], expert)             # (H, N)
             _, returns = target_values(self.targets, dream, reward, c)
@@ -1049,24 +1046,26 @@ class PixelAgent(Learner):
 class PixelDAC(PixelAgent):
     """pdac: discriminator-actor-critic from pixels without a model, the baseline of [P].
 
-    From DAC (Kostrikov et al. 2019): D's logit as the reward, gradient penalty 10. From DrQ-v2
-    (Yarats et al. 2022): shifts of 4 pixels, three stacked frames, targets at .01, 3-step returns.
+    From DAC (Kostrikov et al. 2019): D's logit as reward, gradient penalty 10. From DrQ-v2 (Yarats
+    et al. 2022): shifts of 4 pixels, stacks, 3-step returns, targets of the heads at a rate of .01.
 
     row t        0    1    2    3    4    5       n = 3
     stacks     [x0   x1   x2]  and  [x3 x4 x5]    embed e2 and e5: a stack stands at its last row
     rewards                r2   r3   r4           r_t = D's logit of (e_t, a_t)
     target     y2 = r2 + g r3 + g^2 r4 + g^3 min_i Qbar_i(e5, a'),  a' ~ pi(.|e5)
 
-    Departures: D sees the critics' embedding; networks and rates are CMIL's; an episode's first two
-    rows act on repeated frames, which training does not show."""
-    FRAMES, STEPS, PENALTY = 3, 3, 10.0
+    Departures: D sees the critics' embedding; networks and rates are CMIL's; a batch is all of B
+    windows; an episode's first two rows act on repeated frames, which training does not show."""
+    FRAMES, STEPS, PENALTY, clone_step = 3, 3, 10.0, None
 
     def __init__(self, c, action, device):
         encoder = Encoder(c.conv_depth, 3 * self.FRAMES)
         sizes = encoder.size, action, c.units, c.layers
-        critics = nn.ModuleDict({"encoder": encoder, "heads": Critics(c.critics, *sizes)})
-        Learner.__init__(self, c, device, critics=critics, actor=Actor(*sizes), disc=Discriminator(
-            encoder.size, action, c.disc_units, c.disc_layers))
+        heads = Critics(c.critics, *sizes)
+        Learner.__init__(
+            self, c, device, heads, critics=nn.ModuleDict({"encoder": encoder, "heads": heads}),
+            actor=Actor(*sizes),
+            disc=Discriminator(encoder.size, action, c.disc_units, c.disc_layers))
 
     def policy(self, frames):
         return self.actor(self.critics.encoder(frames))
@@ -1089,14 +1088,14 @@ class PixelDAC(PixelAgent):
             disc_loss, info = discriminator_loss(self.disc, expert, policy, 0.0)        # [P8]
             disc_loss = disc_loss + self.PENALTY * gradient_penalty(self.disc, expert, policy)
 
+            pi = self.actor(e)
             with torch.no_grad():
-                reward = self.disc(*policy)                                 # (L-3, B)
-                value = self.targets.heads(e, self.actor(e).rsample()).min(0).values
+                reward = imitation_reward(self.disc, *policy, c)            # (L-3, B)
+                value = self.targets(e, pi.rsample()).min(0).values         # (L-2, B)
                 target = n_step_target(reward, value, c.gamma, self.STEPS)  # (L-2-n, B)
             s, a = (x[:len(target)] for x in state_action_pairs(embed, action))
             q_loss = (self.critics.heads(s, a) - target).square().mean((1, 2)).sum()
 
-            pi = self.actor(e)
             value = self.critics.heads(e, pi.rsample()).min(0).values       # (L-2, B)
             pi_loss = -(value + c.entropy * pi.entropy()).mean()
         return self.apply({"critics": q_loss, "actor": pi_loss, "disc": disc_loss}, {
@@ -1106,8 +1105,7 @@ class PixelDAC(PixelAgent):
 
 def n_step_target(reward, value, gamma, n):
     """y_t = sum_{k<n} g^k r_{t+k} + g^n v_{t+n}: reward (T-1, B), value (T, B) -> (T-n, B)"""
-    rows = len(value) - n
-    return sum(gamma**k * reward[k:k + rows] for k in range(n)) + gamma**n * value[n:]
+    return gamma**n * value[n:] + sum(gamma**k * reward[k:k + len(value) - n] for k in range(n))
 
 
 def gradient_penalty(disc, expert, policy):
@@ -1162,20 +1160,19 @@ class Replay:
             self.demo_starts.fill_(self.windows)
 
     def draw(self, count, batch):
-        """`batch` of the first `count` (0-d tensor) starts -> rows (L, batch) of their windows."""
+        """The windows at `batch` of the first `count` (0-d tensor) starts."""
         u = torch.rand(batch, device=self.start.device)
         index = torch.minimum((u * count).long(), count - 1)  # rounding could reach count itself
-        return self.start[index] + self.offset
+        rows = self.start[index] + self.offset                              # (L, batch)
+        return self.image[rows], self.action[rows]
 
     def sample_demos(self, batch):
         """Windows of the demos -> image uint8 (L, batch, 64, 64, 3), action (L, batch, A)."""
-        rows = self.draw(self.demo_starts, batch)
-        return self.image[rows], self.action[rows]
+        return self.draw(self.demo_starts, batch)
 
     def sample(self, batch):
         """Windows of everything, demos included -> the same shapes."""
-        rows = self.draw(self.starts, batch)
-        return self.image[rows], self.action[rows]
+        return self.draw(self.starts, batch)
 
 
 def save_atomically(path, write):
@@ -1217,8 +1214,7 @@ def outcome(info):
 
 
 def rollouts(agent, vec, steps, episodes, seed, stream, sample):
-    """Run `episodes` episodes of `steps` steps, as many at a time as `vec` has environments.
-
+    """Run `episodes` episodes of `steps` steps, as many at a time as `vec` has environments
     -> dict of success, tasks, return (arrays of length `episodes`; others where info has them), and
     video (steps+1, 64, 64, 3) uint8 of the first episode. Leaves torch's random state as it was."""
     results, video = {}, []
@@ -1286,11 +1282,8 @@ class Trainer:
 
         self.update = self.agent.clone_update if c.reward == "none" else self.agent.update
         self.round, self.started = 0, False
-        try:
-            for folder in ("episodes", "videos"):
-                (self.dir / folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            die(f"--logdir {self.dir}: {error.strerror}; give another folder")
+        for folder in ("episodes", "videos"):
+            (self.dir / folder).mkdir(parents=True, exist_ok=True)
         logged = self.restore()
         self.metrics = open(self.dir / "metrics.jsonl", "w" if logged is None else "a")
         self.metrics.truncate(min(logged or 0, self.metrics.tell()))
@@ -1312,11 +1305,11 @@ class Trainer:
         try:
             while agent.updates < c.pretrain:       # the start: world model and cloning, demos only
                 self.learn(agent.clone_update)
-                if self.checkpoint_due() or self.stop:
+                if self.stop or self.checkpoint_due:
                     self.take_snapshot()
+                    if self.stop:
+                        raise Stop
                     self.checkpoint()
-                if self.stop:
-                    raise Stop
             if not self.started:
                 self.evaluate()
                 self.started = True
@@ -1327,7 +1320,7 @@ class Trainer:
                 if self.round == self.rounds or before // c.eval_every < self.step // c.eval_every:
                     self.evaluate()
                 self.take_snapshot()
-                if self.checkpoint_due() or self.round == self.rounds:
+                if self.checkpoint_due or self.round == self.rounds:
                     self.checkpoint()
         except Stop:
             self.drop_round()
@@ -1335,6 +1328,10 @@ class Trainer:
         finally:
             self.close()
         return self.round == self.rounds
+
+    @property
+    def checkpoint_due(self):
+        return time.time() - self.last_checkpoint > 60 * self.c.checkpoint_minutes
 
     @property
     def step(self):
@@ -1451,8 +1448,8 @@ class Trainer:
 
     def write_config(self, facts):
         """config.json: every field, and what the run depends on beside them."""
-        names = "torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics"
-        versions = {d.name: d.version for d in metadata.distributions() if d.name in names}
+        versions = {d.name: d.version for d in reversed([*metadata.distributions()]) if d.name in (
+            "torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics")}
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         here = pathlib.Path(__file__).parent
         commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True,
@@ -1469,9 +1466,6 @@ class Trainer:
                          "started": self.started, "metrics_bytes": self.metrics.tell(),
                          "seconds": self.before + time.time() - self.began}
 
-    def checkpoint_due(self):
-        return time.time() - self.last_checkpoint > 60 * self.c.checkpoint_minutes
-
     def checkpoint(self):
         """Write the last snapshot; the previous checkpoint is kept beside it."""
         path = self.dir / "checkpoint.pt"
@@ -1481,7 +1475,7 @@ class Trainer:
         self.last_checkpoint = time.time()
 
     def drop_round(self):
-        """Go back to the last snapshot on disk: state and metrics."""
+        """Write the last snapshot as the checkpoint; cut the metrics back to it."""
         self.steps_in_round = 0
         self.checkpoint()
         self.metrics.truncate(self.snapshot["metrics_bytes"])
@@ -1552,7 +1546,7 @@ def setup_torch(c):
     if c.threads:
         torch.set_num_threads(c.threads)
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # glibc
-        # Keep the memory that large tensors free: M_MMAP_MAX (-4) none, M_TRIM_THRESHOLD (-1) none.
+        # Keep freed memory: no mappings for large blocks (M_MMAP_MAX, -4), no trimming (-1).
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return device
@@ -1634,12 +1628,15 @@ def check_config(c):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             enough = value > 0 if least is None else value >= least
             if not (enough and value <= most):  # nor NaN
-                below = "greater than 0" if least is None else f"of {least} or more"
-                die(f"--{field.name.replace('_', '-')} {value}: expected a number {below}"
+                bounds = "greater than 0" if least is None else f"of {least} or more"
+                die(f"--{field.name.replace('_', '-')} {value}: expected a number {bounds}"
                     + (f" and at most {most}" if value > most else ""))
-
-
-EVAL_MAY_CHANGE = ("seed", "device", "threads", "num_envs", "eval_sample")
+    needs = {"bc": ("--reward none", c.reward == "none"),
+             "ditto": ("--horizon below --length", c.horizon < c.length),
+             "pdac": ("--length 6 or more, --pretrain 0 and a --reward that is not none",
+                      c.length > 5 and not c.pretrain and c.reward != "none")}
+    if c.algo in needs and not needs[c.algo][1]:
+        die(f"--algo {c.algo} needs {needs[c.algo][0]}")
 
 
 def load_agent(run, explicit=None):
@@ -1653,9 +1650,10 @@ def load_agent(run, explicit=None):
         die(f"--{name.replace('_', '-')} belongs to training: with --eval it cannot change")
     c = Config(**{**stored, "logdir": str(run), **(explicit or {}), "graph": "off"})
     check_config(c)
-    vec, facts, agent = build(c)
-    if load_checkpoint(pathlib.Path(run), agent) is None:
+    if not any(pathlib.Path(run).glob("checkpoint*.pt")):
         die(f"{run}: the run has not written a checkpoint.pt yet")
+    vec, facts, agent = build(c)
+    load_checkpoint(pathlib.Path(run), agent)
     return c, agent, vec, facts["episode_steps"]
 
 
@@ -1681,10 +1679,10 @@ def main(argv=None):
     explicit, args = parse(argv)
     import envs
     try:
-        if args.eval:
+        if args.eval is not None:
             return evaluate_run(args.eval, args.episodes, args.video, explicit)
-        sys.path.insert(0, str(pathlib.Path(__file__).parent / "results"))
-        if args.plot or args.plot_bound:
+        sys.path.append(str(pathlib.Path(__file__).parent / "results"))
+        if args.plot or args.plot_bound is not None:
             import figures
             draw = figures.plot if args.plot else figures.plot_bound
             return draw(args.plot or args.plot_bound, args.out)
@@ -1694,6 +1692,8 @@ def main(argv=None):
         Trainer(make_config(explicit)).run()
     except envs.UserError as error:
         die(error)
+    except OSError as error:  # of a folder, a disk
+        die(f"{error.filename}: {error.strerror}; mend that or give another folder")
 
 
 if __name__ == "__main__":

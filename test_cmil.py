@@ -1055,7 +1055,8 @@ def actor_gradient(**changes):
     agent, replay = agent_and_replay(**changes)
     torch.manual_seed(1)
     losses = capture_losses(agent, replay, agent.update)
-    return torch.cat([g.flatten() for g in agent.opts["actor"].gradients(losses["actor"])])
+    return torch.cat([g.flatten() for g in torch.autograd.grad(
+        losses["actor"], agent.opts["actor"].params)])
 
 
 def test_actor_feels_each_part_of_its_objective():
@@ -1156,20 +1157,24 @@ def test_update_uses_the_replay_half_and_the_demo_half(monkeypatch):
 # ------------------------------------------------------------------------------------ other methods
 
 
-@pytest.mark.parametrize("algo", ["vmail", "dgail", "dbc"])
-def test_rows_of_the_table_are_cmil_with_other_options(algo, tmp_path):
+@pytest.mark.parametrize("algo, flags", [
+    ("vmail", dict(members=1, alpha=0., beta=0., seed_steps=0)),
+    ("dgail", dict(members=1, alpha=0., beta=0., offline=True)),
+    ("dbc", dict(reward="none", offline=True))])
+def test_rows_of_the_table_are_cmil_with_other_options(algo, flags, tmp_path):
     """An update of the method and of cmil with the row's fields as flags: equal, bit for bit."""
-    states = []
-    for chosen, flags in ((algo, {}), ("cmil", cmil.ALGOS[algo])):
+    configs, states = [], []
+    for chosen, options in ((algo, {}), ("cmil", flags)):
         c = cmil.make_config({"env": "point", "preset": "debug", "algo": chosen, "device": "cpu",
-                              "logdir": str(tmp_path / chosen), **flags})
+                              "logdir": str(tmp_path), **options})
+        configs.append({**dataclasses.asdict(c), "algo": "either"})
         torch.manual_seed(0)
         agent = cmil.AGENTS.get(chosen, cmil.Agent)(c, 2, cmil.setup_torch(c))
         replay = agent_and_replay()[1]
         for update in (agent.clone_update, agent.update):
             update(replay)
         states.append(agent.state_dict())
-    assert same(*states)
+    assert configs[0] == configs[1] and same(*states)
 
 
 def test_vmail_is_not_conservative(monkeypatch):
@@ -1226,7 +1231,7 @@ def test_ditto_compares_states_of_the_same_step(monkeypatch):
     L, B, H = c.length, c.batch, c.horizon
     _, image, post, _ = seen["world_model_loss"][0]
     rows = (replay.image[:42].float() / 255 - .5).movedim(-1, 1).flatten(1)
-    assert all((rows == frame.flatten()).all(1).any() for frame in image[:, 0])   # of the demos
+    assert all((rows == frame.flatten()).all(1).any() for frame in image.flatten(0, 1))
     _, _, start, led_here, horizon = seen["imagine"][0]
     assert horizon == H and start.deter.shape[0] == len(led_here) == (L - H) * B
     assert not start.deter.requires_grad
@@ -1242,6 +1247,17 @@ def test_ditto_compares_states_of_the_same_step(monkeypatch):
     assert losses.keys() == {"world", "critics", "actor"}
     parts = {name.split(".")[1] for name in touched(losses["actor"], agent.world)}
     assert parts == {"input", "gru", "norm", "priors"}   # gradients go through the dynamics
+
+
+@pytest.mark.parametrize("algo", ["bc", "pdac"])
+def test_acting_on_pixels_samples(algo):
+    """sample=True draws an action for each environment anew; sample=False takes the mode."""
+    agent, _ = agent_and_replay(algo)
+    image = np.zeros((2, 64, 64, 3), np.uint8)
+    first, second = (agent.act(image)[0] for _ in range(2))
+    assert (first != second).all() and (first[0] != first[1]).all()
+    first, second = (agent.act(image, None, False)[0] for _ in range(2))
+    assert np.array_equal(first, second) and np.array_equal(first[0], first[1])
 
 
 def test_bc_clones_single_frames_end_to_end():
@@ -1273,9 +1289,9 @@ def test_n_step_target_is_literally_the_sum():
     assert hand.tolist() == [[1 + 1 + 1]]
 
 
-def test_gradient_penalty_of_a_linear_discriminator():
+def test_gradient_penalty_by_hand(monkeypatch):
     """logit = w x: the gradient is w wherever it is taken, so that the penalty is (|w| - 1)^2; it
-    pulls |w| towards 1. And it is taken between the pairs: at their own place if they are equal."""
+    pulls |w| towards 1. And it is taken between the pairs."""
     disc = cmil.Discriminator(2, 1, 8, 1)
     w = nn.Parameter(torch.tensor([2., 3., 6.]))
     disc.layers = Function(lambda x: (x * w).sum(-1, keepdim=True))
@@ -1285,10 +1301,12 @@ def test_gradient_penalty_of_a_linear_discriminator():
     assert penalty.item() == pytest.approx((7 - 1) ** 2)
     gradient, = torch.autograd.grad(penalty, w)
     np.testing.assert_allclose(gradient, 2 * 6 * w.detach() / 7, rtol=1e-5)
+    # logit = |x|^2: the gradient is 2 x, here three tenths of the way from policy to expert.
     disc.layers = Function(lambda x: (x ** 2).sum(-1, keepdim=True))
-    norms = 2 * torch.cat(pair, -1).norm(dim=-1)
-    assert cmil.gradient_penalty(disc, pair, pair).item() == pytest.approx(
-        ((norms - 1) ** 2).mean().item(), rel=1e-5)
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, .3))
+    mix = .3 * torch.cat(pair, -1) + .7 * torch.cat(other, -1)
+    assert cmil.gradient_penalty(disc, pair, other).item() == pytest.approx(
+        ((2 * mix.norm(dim=-1) - 1) ** 2).mean().item(), rel=1e-5)
 
 
 def test_random_shifts_are_crops_of_the_padded_frame():
@@ -1307,46 +1325,59 @@ def test_random_shifts_are_crops_of_the_padded_frame():
 
 def test_pdac_pairs_stacks_actions_and_targets(monkeypatch):
     """A stack holds its row's frame and the two before; Q(s_t, a_t) meets the three rewards from
-    there on and the value three rows later; all of it with the right action."""
+    there on and the targets' value three rows later; D meets the demos' pairs as the expert's."""
     agent, replay = agent_and_replay("pdac")
     c, L = agent.c, agent.c.length
-    monkeypatch.setattr(cmil, "random_shift", lambda x: x)
     number = torch.arange(len(replay.image), dtype=torch.uint8)
     replay.image[:] = number[:, None, None, None]        # each row's number, in its pixels ...
     replay.action[:] = number[:, None] / 255             # ... and in its action
-    stacks = []
-    agent.critics["encoder"].forward = lambda x: (
-        stacks.append(x), x[..., 6:7, 0, 0] + .5)[1]     # embed: the number of the last frame / 255
-    seen = calls_of(monkeypatch, cmil, "n_step_target", lambda real, *args: real(*args))
-    agent.disc.forward = lambda s, a, sigma=0.: (s - 2 * a[..., :1])[..., 0]
-    agent.disc.layers = Function(lambda x: x.sum(-1, keepdim=True))
+    # Windows late in the demos (of 42 rows), and late in everything.
+    monkeypatch.setattr(torch, "rand", lambda n, device=None: torch.full((n,), .9))
+    shifted = calls_of(monkeypatch, cmil, "random_shift", lambda real, x: x)
+    # embed: the number of the stack's last frame / 255; D: s - 2 a; Q: s and 2 s, targets 3 s, 4 s
+    agent.critics["encoder"].forward = lambda x: x[..., 6:7, 0, 0] + .5
+    agent.disc.layers = Function(lambda x: x[..., :1] - 2 * x[..., 1:2])
     asked = []
 
-    def heads(s, a):
+    def critics(s, a):
         asked.append((s, a))
         return torch.stack([s[..., 0], 2 * s[..., 0]]).requires_grad_()
-    agent.critics["heads"].forward = agent.targets["heads"].forward = heads
-    agent.actor.forward = lambda s: cmil.TruncatedNormal(torch.zeros(*s.shape[:-1], 2), torch.ones(
-        *s.shape[:-1], 2))
-    losses = capture_losses(agent, replay, agent.update)
-    assert stacks[0].shape == (L - 2, c.batch, 9, 64, 64)
-    frames = (stacks[0][:, :, ::3, 0, 0] + .5) * 255     # (L-2, B, 3)
-    assert torch.allclose(frames[..., 1] - frames[..., 0], torch.ones(())) and torch.allclose(
-        frames[..., 2] - frames[..., 0], 2 * torch.ones(()))
+    agent.critics["heads"].forward = critics
+    agent.targets.forward = lambda s, a: torch.stack([4 * s[..., 0], 3 * s[..., 0]])
+    agent.actor.forward = lambda s: cmil.TruncatedNormal(
+        torch.zeros(*s.shape[:-1], 2, requires_grad=True), torch.ones(*s.shape[:-1], 2))
+    seen = {name: calls_of(monkeypatch, cmil, name, lambda real, *args: real(*args))
+            for name in ("n_step_target", "discriminator_loss", "gradient_penalty")}
+    losses, info = capture_losses(agent, replay, agent.update, "info")
+
+    (stack,), (expert_stack,) = shifted
+    assert stack.shape == expert_stack.shape == ((L - 2) * c.batch, 9, 64, 64)
+    frames = (stack[:, ::3, 0, 0].view(L - 2, c.batch, 3) + .5) * 255
     row = frames[..., 2]
-    reward, value, gamma, n = seen[0]
-    # The pair of row t is (embed[t], action[t+1]), whose numbers differ by one.
+    torch.testing.assert_close(frames[..., 0], row - 2)
+    torch.testing.assert_close(frames[..., 1], row - 1)
+    _, expert, policy, sigma = seen["discriminator_loss"][0]
+    assert sigma == 0 and (expert[0] * 255 < 42).all() and (policy[0] * 255 > 42).all()
+    for s, a in (expert, policy):                        # (embed[t], action[t+1]): numbers t, t+1
+        torch.testing.assert_close(a[..., :1] * 255, s * 255 + 1)
+    assert all(torch.equal(x, y) for pair, same_pair in zip((expert, policy), seen[
+        "gradient_penalty"][0][1:]) for x, y in zip(pair, same_pair))
+    penalty = (math.sqrt(5) - 1) ** 2                    # of D's gradient (1, -2)
+    assert losses["disc"].item() == pytest.approx(info["disc/loss"].item() + 10 * penalty, rel=1e-5)
+
+    reward, value, gamma, n = seen["n_step_target"][0]
     torch.testing.assert_close(reward * 255, row[:-1] - 2 * (row[:-1] + 1))
-    torch.testing.assert_close(value * 255, row)         # min of s and 2 s
+    torch.testing.assert_close(value * 255, 3 * row)     # the least of the targets
     assert (gamma, n) == (c.gamma, 3)
-    s, a = asked[1]
+    s, a = asked[0]
     torch.testing.assert_close(s[..., 0] * 255, row[:L - 5])
     torch.testing.assert_close(a[..., 0] * 255, row[:L - 5] + 1)
     y = sum(c.gamma ** k * reward[k:k + L - 5] for k in range(3)) + c.gamma ** 3 * value[3:]
     want = ((s[..., 0] - y) ** 2).mean() + ((2 * s[..., 0] - y) ** 2).mean()
     assert losses["critics"].item() == pytest.approx(want.item(), rel=1e-5)
-    torch.testing.assert_close(losses["actor"].item(), -(row / 255).mean().item() - c.entropy * (
-        cmil.TruncatedNormal(torch.zeros(2), torch.ones(2)).entropy()).item(), rtol=1e-4, atol=1e-5)
+    entropy = cmil.TruncatedNormal(torch.zeros(2), torch.ones(2)).entropy().item()
+    assert losses["actor"].item() == pytest.approx(
+        -(row / 255).mean().item() - c.entropy * entropy, rel=1e-4)
 
 
 def test_pdac_gradients_and_targets():
@@ -1362,9 +1393,10 @@ def test_pdac_gradients_and_targets():
     assert touched(losses["disc"], agent.disc) and not touched(losses["disc"], agent.critics)
     before = copy.deepcopy(agent.targets.state_dict())
     agent.update(replay)
+    heads = agent.critics["heads"].state_dict()
+    assert agent.targets.state_dict().keys() == heads.keys()
     for name, now in agent.targets.state_dict().items():
-        torch.testing.assert_close(now, torch.lerp(before[name], agent.critics.state_dict()[name],
-                                                   .01))
+        torch.testing.assert_close(now, torch.lerp(before[name], heads[name], .01))
 
 
 def test_pdac_acts_on_the_last_three_frames():
@@ -1634,20 +1666,23 @@ def test_loading_forgets_recorded_graphs():
     assert not any(opt.adam.param_groups[0]["capturable"] for opt in agent.opts.values())
 
 
-@pytest.mark.parametrize("update", ["clone_update", "update"])
-def test_an_update_in_bfloat16(update):
+@pytest.mark.parametrize("algo, update", [
+    ("cmil", "clone_update"), ("cmil", "update"), ("bc", "clone_update"), ("ditto", "update"),
+    ("pdac", "update")])
+def test_an_update_in_bfloat16(algo, update):
     """Autocast moves every number of an update a little, and none far; the states stay float32."""
     infos = []
     for precision in ("float32", "bfloat16"):
         torch.manual_seed(0)
-        agent, replay = agent_and_replay(precision=precision, free_nats=0.)
+        agent, replay = agent_and_replay(algo, precision=precision, free_nats=0.)
         torch.manual_seed(1)
         infos.append(getattr(agent, update)(replay))
     for key in infos[0]:
         exact, rounded = (float(info[key]) for info in infos)
         assert rounded == pytest.approx(exact, rel=.1, abs=.05), key
-    assert infos[0]["recon"] != infos[1]["recon"]        # it did make a difference
-    assert all(p.dtype == torch.float32 for p in agent.world.parameters())
+    assert infos[0] != infos[1]                          # it did make a difference
+    assert all(p.dtype == torch.float32 for network in agent.networks.values()
+               for p in network.parameters())
 
 
 def test_a_graph_that_cannot_be_recorded(monkeypatch, capsys):
@@ -1793,7 +1828,7 @@ def test_replay_edges_of_the_random_number(edge, expected, monkeypatch):
     """u = 0 gives the first window; even u = 1 (rounding) gives the last one and not one behind."""
     replay, _ = numbered_replay()                        # the last window begins at 27 - 4 = 23
     monkeypatch.setattr(torch, "rand", lambda n, device=None: torch.full((n,), edge))
-    rows = replay.draw(replay.starts, 5)
+    rows = replay.draw(replay.starts, 5)[0][..., 0, 0, 0]
     assert rows.shape == (4, 5) and (rows[0] == expected).all() and rows.max() < 27
 
 
@@ -2167,7 +2202,10 @@ BAD_COMMANDS = [
     ("--graph on", "--graph"), ("--seed 100000000000000000000", "seed"),
     ("--threads 99999999999", "threads"), ("--steps 100000000000", "steps"),
     ("--episodes 3", "--episodes"), ("--video x.gif", "--video"), ("--out x.png", "--out"),
-    ("--eval x --bench", "--bench"),
+    ("--eval x --bench", "--bench"), ("--plot-bound /no/such/run", "/no/such/run"),
+    ("--algo bc --reward logit", "reward"), ("--algo pdac --reward none", "reward"),
+    ("--algo pdac --pretrain 5", "pretrain"), ("--algo pdac --length 5", "length"),
+    ("--algo ditto --horizon 8", "horizon"),
 ]
 
 
@@ -2177,7 +2215,7 @@ def test_mistakes_get_one_line(words, named, tmp_path, capsys):
     defaults = {"--preset": "debug", "--env": "point", "--logdir": str(tmp_path / "run"),
                 "--num-envs": "1", "--device": "cpu"}
     given = words.split()
-    if given[0] not in ("--eval", "--plot"):
+    if given[0] not in ("--eval", "--plot", "--plot-bound"):
         given += [w for flag, v in defaults.items() if flag not in given for w in (flag, v)]
     with pytest.raises(SystemExit) as stop:
         cmil.main(given)
@@ -2479,8 +2517,11 @@ def test_parts_of_the_bound(figures, tmp_path):
     _, entries = figures.read_run(fake_run(tmp_path / "run", 1))
     for i, entry in enumerate(entries):
         entry["eval/return" if "eval/success" in entry else "disc/gap"] = i
+    entries[1]["uncertainty_expert"] = 1.
+    entries.insert(1, {"step": 0, "uncertainty_expert": 9.})             # of the start
     parts = figures.bound_parts(entries)
-    assert parts.keys() == {"disc/gap", "eval/return"}
+    assert parts.keys() == {"disc/gap", "eval/return", "uncertainty_expert"}
+    assert parts["uncertainty_expert"][0].tolist() == [5]
     step, gap = parts["eval/return"]
     assert step.tolist() == [0, 10, 20, 30] and gap.tolist() == [1, .5, .25, 0]
     assert parts["disc/gap"][0].tolist() == [5]
@@ -2501,17 +2542,18 @@ def test_plot_bound(uninterrupted, figures, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no matplotlib")
-@pytest.mark.parametrize("env, tasks, lines", [
-    ("kitchen", "", {"eval/success": 1, "eval/tasks": 4}), ("TestCountdown-v0", "", {}),
-    ("kitchen", "kettle+microwave", {"eval/success": 1, "eval/tasks": 2})])
-def test_curves_have_the_experts_line(env, tasks, lines, figures, tmp_path, monkeypatch):
+@pytest.mark.parametrize("env, tasks, demos, lines", [
+    ("kitchen", "", "", {"eval/success": 1, "eval/tasks": 4}), ("TestCountdown-v0", "", "", {}),
+    ("kitchen", "", "own.npz", {}),
+    ("kitchen", "kettle+microwave", "", {"eval/success": 1, "eval/tasks": 2})])
+def test_curves_have_the_experts_line(env, tasks, demos, lines, figures, tmp_path, monkeypatch):
     """What the demonstrations reach, where they are the project's own."""
     from matplotlib import axes
     drawn = calls_of(monkeypatch, axes.Axes, "axhline", lambda real, *args, **options: real(
         *args, **options))
     run = fake_run(tmp_path / "run", 0)
     (tmp_path / "run" / "config.json").write_text(json.dumps({"config": {
-        "env": env, "tasks": tasks, "algo": "cmil"}}))
+        "env": env, "tasks": tasks, "demos": demos, "algo": "cmil"}}))
     figures.plot([run], str(tmp_path / "x.png"))
     assert [height for _, height in drawn] == list(lines.values())
 
@@ -2638,6 +2680,11 @@ def test_sweep_runs_each_variant_once(monkeypatch, capsys, tmp_path):
     played = [line["train/tasks"] for line in metrics(tmp_path / "base-s3")
               if "train/tasks" in line]
     assert len(played) == 2 and rows["base-s3"]["training_tasks"] == played[-1]
+    lines = [{"update": 5 * max(0, i - 1), "train/tasks": float(i), "ups": 1.} for i in range(6)]
+    (tmp_path / "base-s3" / "metrics.jsonl").write_text(
+        "".join(json.dumps({**line, "time": 0}) + "\n" for line in lines))
+    row = sweep.row(tmp_path / "base-s3", 16)            # updates 0 0 5 10 15 20: seed rounds first
+    assert row["training_tasks_until_16"] == (2 + 3 + 4) / 3 and row["training_tasks"] == 5
 
 
 def test_sight_reads_what_is_there(monkeypatch):
@@ -2692,6 +2739,19 @@ def test_drift_takes_the_actors_loss_apart():
         assert found["watch/grad_bc"] > 0 and found["watch/grad_penalty"] > 0
         assert all(torch.equal(*pair) for pair in zip(weights, agent.actor.parameters()))
         assert all(p.grad is None for p in agent.actor.parameters())
+
+
+@pytest.mark.parametrize("algo", ["vmail", "pdac"])
+def test_drift_watches_only_what_there_is(algo, tmp_path):
+    """One prior has no penalty to take apart; a method without a model is left alone."""
+    drift = script("drift")
+    changes = {**cmil.ALGOS[algo], "steps": 150, "seed_steps": 50, "log_every": 4}
+    if algo == "vmail":
+        changes["pretrain"] = 2
+    assert drift.Watched(run_config(tmp_path, algo=algo, **changes)).run()
+    watched = {name for line in metrics(tmp_path) for name in line if name.startswith("watch/")}
+    assert "watch/grad_penalty" not in watched
+    assert ("watch/grad_value" in watched) == (algo == "vmail")
 
 
 def test_drift_draws_what_it_logs(monkeypatch, tmp_path):
@@ -3324,7 +3384,8 @@ def test_actor_and_critics_climb_a_fixed_reward():
     learns to push the first action to its limit of 1 (a random policy's mean is about 0)."""
     agent, replay = agent_and_replay(beta=0., alpha=0., lr=1e-3)
     agent.disc = lambda s, a, sigma=0.: a[..., 0]
-    agent.opts["disc"].gradients = agent.opts["disc"].step = lambda _: torch.zeros(())
+    agent.apply = lambda losses, info: cmil.Agent.apply(agent, {
+        name: loss for name, loss in losses.items() if name != "disc"}, info)
     rewards = [float(agent.update(replay)["reward"]) for _ in range(150)]
     assert abs(np.mean(rewards[:5])) < .2 and np.mean(rewards[-5:]) > .7, rewards
 
@@ -3348,7 +3409,9 @@ def test_lines_named_in_the_readme():
     source = (HERE / "cmil.py").read_text().splitlines()
     links = re.findall(r"\[`([^`]+)`\]\(cmil\.py#L(\d+)\)", (HERE / "README.md").read_text())
     assert len(links) > 20
-    wrong = [(text, line) for text, line in links if text not in source[int(line) - 1]]
+    wrong = [(text, line) for text, line in links if text not in source[int(line) - 1]
+             or text.startswith(("def ", "class ")) != source[int(line) - 1].strip().startswith(
+                 ("def ", "class "))]
     assert not wrong
 
 
@@ -3357,6 +3420,8 @@ def test_the_readme_explains_what_is_logged(uninterrupted):
     text = (HERE / "README.md").read_text()
     names = {name for line in metrics(uninterrupted[0], clock=()) for name in line}
     assert {"recon", "eval/success", "grad/actor", "ups"} <= names
+    every = dict.fromkeys(("success", "n_tasks", "rotation", "error", "dropped"), [0])
+    names |= {f"{when}/{name}" for when in ("eval", "train") for name in cmil.outcome(every)}
     assert not [name for name in names
                 if f"`{'grad/*' if name.startswith('grad/') else name}`" not in text]
 

@@ -66,6 +66,8 @@ def watch(agent, replay):
     terms = actor_terms(agent, dream)
     terms["bc"] = c.beta * cmil.clone_loss(agent.actor, posts["expert"].feat, windows["expert"][1])
     for name, loss in terms.items():
+        if not loss.requires_grad:  # the penalty of a single prior, the BC term with beta 0
+            continue
         grads = torch.autograd.grad(loss, agent.opts["actor"].params, retain_graph=True)
         found[f"grad_{name}"] = torch.cat([g.flatten() for g in grads]).norm()
     return {f"watch/{name}": float(value.detach()) for name, value in found.items()}
@@ -73,7 +75,8 @@ def watch(agent, replay):
 
 class Watched(cmil.Trainer):
     def log(self, values):
-        if "reward" in values:  # a log step of full updates; its caller keeps the random state
+        # At log steps of full updates of CMIL and its variants; the caller keeps the random state.
+        if "reward" in values and type(self.agent) is cmil.Agent:
             values = {**values, **watch(self.agent, self.replay)}
         super().log(values)
 
@@ -126,4 +129,8 @@ if __name__ == "__main__":
         *folders, picture = sys.argv[2:]
         sys.exit(draw(folders, picture))
     explicit, _ = cmil.parse(sys.argv[1:])
-    Watched(cmil.make_config(explicit)).run()
+    import envs
+    try:
+        Watched(cmil.make_config(explicit)).run()
+    except envs.UserError as error:
+        cmil.die(error)

@@ -42,11 +42,11 @@ def read_run(run):
         lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
         entries = [json.loads(line) for line in lines if line.endswith("\n")]   # else half written
     except OSError as error:
-        die(f"--plot {run}: cannot read {error.filename} ({error.strerror}); give folders of runs")
+        die(f"{run}: cannot read {error.filename} ({error.strerror}); give folders of runs")
     except (ValueError, KeyError, TypeError) as error:
-        die(f"--plot {run}: config.json or metrics.jsonl is damaged ({error})")
+        die(f"{run}: config.json or metrics.jsonl is damaged ({error})")
     if not any("eval/success" in entry for entry in entries):
-        die(f"--plot {run}: metrics.jsonl holds no evaluation yet")
+        die(f"{run}: metrics.jsonl holds no evaluation yet")
     return config, entries
 
 
@@ -72,10 +72,12 @@ def curve(seeds, key, x):
 
 def plot(runs, out, x="step"):
     """Draw the learning curves of `runs` (folders) into the picture `out`; x: see X_LABELS."""
+    own = []                                    # demonstrations that were given by --demos
     groups = {}                                 # environment -> method -> evaluations of each seed
     for run in runs:
         config, entries = read_run(run)
         env = " ".join(filter(None, (config["env"], config.get("tasks"))))
+        own.append(config.get("demos"))
         groups.setdefault(env, {}).setdefault(config["algo"], []).append(
             [entry for entry in entries if "eval/success" in entry])
     plt = pyplot()
@@ -106,7 +108,7 @@ def plot(runs, out, x="step"):
             best = EXPERT.get(env.split()[0], {}).get(key)
             if key == "eval/tasks" and " " in env:
                 best = env.count("+") + 1
-            if best:
+            if best and not any(own):
                 axis.axhline(best, color="0.4", lw=0.8, ls=(0, (6, 2)), label="demonstrations")
             axis.set_ylabel(MEASURES[key])
             axis.grid(alpha=0.3)
@@ -125,7 +127,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        die("--plot needs matplotlib, which is not installed: pip install matplotlib")
+        die("drawing needs matplotlib, which is not installed: pip install matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     return plt
@@ -167,12 +169,13 @@ def bound_parts(entries):
     """A run's log -> {name of BOUND: environment steps (P,), values in [0, 1] (P,)}.
 
     The return becomes a gap: how far it is below the best. (The gap to the expert differs from
-    that by a constant, which is lost when a curve is scaled to [0, 1].) Curves of training are
-    means over a tenth of their points.
+    that by a constant, which is lost when a curve is scaled to [0, 1].) Curves of training begin
+    where the adversary does, and are means over a tenth of their points.
     """
     parts = {}
     for key in BOUND:
-        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+        points = [(entry["step"], entry[key]) for entry in entries
+                  if key in entry and ("disc/gap" in entry or key == "eval/return")]
         if not points:
             continue
         step, values = np.array(points, float).T

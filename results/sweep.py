@@ -4,7 +4,9 @@
         -- --env kitchen --tasks microwave --threads 1 [any flag of cmil.py, for all of them]
 
 A variant is what it adds to the flags after --. Runs that are complete are not made again, an
-interrupted one goes on, so that the same command resumes a sweep; --table only prints.
+interrupted one goes on, so that the same command resumes a sweep; --table only prints. The tasks of
+training episodes, which act with samples, tell settings apart sooner than evaluations: their mean
+over the last fifth of the rounds, and with --until N over the rounds that learned, up to update N.
 """
 import argparse
 import concurrent.futures
@@ -57,7 +59,7 @@ def last_fifth(lines, key):
     return lines[-max(1, len(lines) // 5):] if lines else []
 
 
-def row(run):
+def row(run, until=None):
     """A run's evaluations in order, its final ones, and its learning signals -> dict."""
     lines = [json.loads(line) for line in open(run / "metrics.jsonl")]
     curve = [line["eval/tasks"] for line in lines if "eval/tasks" in line]
@@ -69,6 +71,9 @@ def row(run):
             out[name[:-5]] = {"success": final["success"], "tasks": final["tasks"]}
     if played := [line["train/tasks"] for line in last_fifth(lines, "train/tasks")]:
         out["training_tasks"] = round(float(np.mean(played)), 3)
+    rounds = [(line["update"], line["train/tasks"]) for line in lines if "train/tasks" in line]
+    if early := [tasks for update, tasks in rounds if rounds[0][0] < update <= (until or 0)]:
+        out[f"training_tasks_until_{until}"] = round(float(np.mean(early)), 3)
     out["update"] = lines[-1]["update"]
     out["minutes"] = round(lines[-1]["time"] / 60, 1)
     return {**out, **{key: round(float(np.mean([line[key] for line in last])), 3)
@@ -83,6 +88,7 @@ def main():
     parser.add_argument("--episodes", type=int, default=20, help="of each final evaluation")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--until", type=int, help="see above")
     argv = sys.argv[1:]
     cut = argv.index("--") if "--" in argv else len(argv)
     args, flags = parser.parse_args(argv[:cut]), argv[cut + 1:]
@@ -93,7 +99,7 @@ def main():
             for job in jobs:
                 job.result()
     for metrics in sorted(pathlib.Path(args.out).glob("*/metrics.jsonl")):
-        print(json.dumps(row(metrics.parent)))
+        print(json.dumps(row(metrics.parent, args.until)))
 
 
 if __name__ == "__main__":
