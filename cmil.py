@@ -191,18 +191,17 @@ PRESETS = {
 }
 
 # What an environment needs beside its preset: (env, preset) -> overrides.
+SIMULATED = dict(steps=45_000, eval_every=3_000, eval_episodes=10, sigma=0.5, image_std=0.3,
+                 conv_depth=12, stoch=64, deter=256, hidden=256)
 ENV_PRESETS = {
     # With the paper's sigma the discriminator is blind to single pixels: the policy cuts corners.
     ("point", "small"): dict(sigma=0.5, steps=12_000),
     # Its resets hardly differ: with modes, all episodes of an evaluation would be nearly the same.
     ("kitchen", "paper"): dict(eval_sample=True),  # [C]
-    ("kitchen", "small"): dict(eval_sample=True,
-                               episode_steps=200,  # the expert is done by ~160 and then rests
-                               conv_depth=12, batch=12, length=20, steps=20_000, eval_every=2_000,
-                               eval_episodes=10),
+    ("kitchen", "small"): dict(SIMULATED, batch=12, length=20, eval_sample=True,
+                               episode_steps=175),  # the expert is done by ~160 and then rests
     ("baoding", "paper"): dict(length=25),  # [C]
-    ("baoding", "small"): dict(sigma=0.5, image_std=0.3, conv_depth=12, batch=10, length=25,
-                               steps=30_000, eval_every=3_000, eval_episodes=10),
+    ("baoding", "small"): dict(SIMULATED, batch=10, length=25),
 }
 
 # What --eval may change, and a resumed run; any other difference is refused.
