@@ -3334,16 +3334,20 @@ def test_bad_kitchen_demos_get_one_line(problem, tmp_path, kitchen, monkeypatch)
 
 @needs_kitchen
 @pytest.mark.stress
-def test_kitchen_trains(tmp_path):
-    """The whole program on kitchen: two workers, a few updates, an evaluation, and a resume."""
-    words = ["--env", "kitchen", "--preset", "debug", "--episode-steps", "30", "--steps", "120",
+@pytest.mark.parametrize("env, measures", [
+    ("kitchen", {"eval/tasks": 4}), ("baoding", {"eval/rotation": 75, "eval/dropped": 1})])
+def test_simulators_train(env, measures, tmp_path):
+    """The whole program on kitchen and baoding: two workers, a few updates, an evaluation, and a
+    resume."""
+    words = ["--env", env, "--preset", "debug", "--episode-steps", "30", "--steps", "120",
              "--seed-steps", "60", "--pretrain", "5", "--log-every", "5", "--logdir", tmp_path,
              "--device", "cpu", "--threads", "1"]
     answer = command(*words)
     assert answer.returncode == 0, answer.stderr
     assert "GL: " in answer.stdout
     last = metrics(tmp_path)[-1]
-    assert last["step"] == 120 and 0 <= last["eval/tasks"] <= 4
+    assert last["step"] == 120
+    assert all(abs(last[name]) <= most for name, most in measures.items())
     assert command(*words[:7], "180", *words[8:]).returncode == 0
     assert metrics(tmp_path)[-1]["step"] == 180
 

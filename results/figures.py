@@ -200,7 +200,7 @@ def plot_bound(run, out):
     axis.set(xlabel=X_LABELS["step"].split("\n")[0], ylabel="scaled to [0, 1]",
              title=f"{config['algo']}, {config['env']}", ylim=(-0.03, 1.03))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, handlelength=3.5)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, handlelength=3.5)
     save(figure, out)
 
 
