@@ -191,7 +191,7 @@ PRESETS = {
 }
 
 # What an environment needs beside its preset: (env, preset) -> overrides.
-SIMULATED = dict(steps=45_000, eval_every=3_000, eval_episodes=10, sigma=0.5, image_std=0.3,
+SIMULATED = dict(steps=40_000, eval_every=3_000, eval_episodes=10, sigma=0.5, image_std=0.3,
                  conv_depth=12, stoch=64, deter=256, hidden=256)
 ENV_PRESETS = {
     # With the paper's sigma the discriminator is blind to single pixels: the policy cuts corners.
