@@ -1407,7 +1407,8 @@ class Trainer:
         """Seconds, and environment steps and updates a second, since `then` -> those, now."""
         now = time.time(), self.step, self.agent.updates
         seconds, steps, updates = (b - a for a, b in zip(then, now))
-        return seconds, {"fps": steps / seconds, "ups": updates / seconds}, now
+        rate = 1 / max(seconds, 1e-9)  # a clock may stand still
+        return seconds, {"fps": steps * rate, "ups": updates * rate}, now
 
     def log(self, values):
         """One line of metrics.jsonl. Every name is explained in README.md, "What is logged"."""

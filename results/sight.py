@@ -105,8 +105,7 @@ def main():
         qpos = stored["qpos"].astype(np.float64)
     demos, episodes = None, []
     for file in sorted(pathlib.Path(args.episodes, "episodes").iterdir()) if args.episodes else []:
-        with np.load(file) as stored:
-            episodes.append(dict(stored))
+        episodes.append(envs.read_npz(file))
     for variant in args.variants:
         c = cmil.make_config(cmil.parse(base + shlex.split(variant))[0])
         demos = demos or envs.load_demos("", "kitchen", **cmil.env_options(c))
