@@ -1174,19 +1174,6 @@ class Replay:
         return self.draw(self.starts, batch)
 
 
-def save_atomically(path, write):
-    """write(file) into a temporary file beside `path`, sync it to the disk, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 # --- Evaluation -----------------------------------------------------------------------------------
 
 # Streams of environment seeds that never meet: training, evaluation while training, --eval.
@@ -1205,17 +1192,11 @@ def env_options(c):
             "robot_noise_ratio": noise}
 
 
-def outcome(info):
-    """What an episode's last info says of the task -> dict of float arrays (environments,)."""
-    names = {"success": "success", "n_tasks": "tasks", "rotation": "rotation", "error": "error",
-             "dropped": "dropped"}
-    return {name: np.asarray(info[key], np.float64) for key, name in names.items() if key in info}
-
-
 def rollouts(agent, vec, steps, episodes, seed, stream, sample):
     """Run `episodes` episodes of `steps` steps, as many at a time as `vec` has environments
     -> dict of success, tasks, return (arrays of length `episodes`; others where info has them), and
     video (steps+1, 64, 64, 3) uint8 of the first episode. Leaves torch's random state as it was."""
+    import envs
     results, video = {}, []
     with kept_rng(agent.device):
         torch.manual_seed(seed + 1_000_003 * stream)
@@ -1228,21 +1209,9 @@ def rollouts(agent, vec, steps, episodes, seed, stream, sample):
                 total += reward
                 first.append(image[0].copy())
             video = video or first
-            for key, value in {**outcome(info), "return": total}.items():
+            for key, value in {**envs.outcome(info), "return": total}.items():
                 results.setdefault(key, []).extend(value)
     return {key: np.array(value[:episodes]) for key, value in results.items()}, np.stack(video)
-
-
-def save_open_loop(path, agent, replay, columns=10, scale=2):
-    """A picture of one demo window, in rows: truth, prediction after 5 frames, their error."""
-    import imageio
-    image, action = replay.sample_demos(1)
-    predicted, _ = agent.open_loop(image, action)
-    truth, predicted = image[:, 0].cpu().numpy(), predicted[:, 0].cpu().numpy()
-    error = np.abs(truth.astype(int) - predicted).astype(np.uint8)
-    pick = np.linspace(0, len(truth) - 1, min(columns, len(truth))).astype(int)
-    rows = [np.concatenate(x[pick], 1) for x in (truth, predicted, error)]
-    imageio.imwrite(path, np.concatenate(rows).repeat(scale, 0).repeat(scale, 1))
 
 
 # --- Training: lockstep rounds --------------------------------------------------------------------
@@ -1283,9 +1252,10 @@ class Trainer:
         self.round, self.started = 0, False
         for folder in ("episodes", "videos"):
             (self.dir / folder).mkdir(parents=True, exist_ok=True)
+        self.metrics = open(self.dir / "metrics.jsonl", "a")
+        envs.lock(self.metrics)
         logged = self.restore()
-        self.metrics = open(self.dir / "metrics.jsonl", "w" if logged is None else "a")
-        self.metrics.truncate(min(logged or 0, self.metrics.tell()))
+        self.metrics.seek(self.metrics.truncate(min(logged or 0, self.metrics.tell())))
         with contextlib.suppress(ImportError):  # TensorBoard is optional
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(self.dir)
@@ -1314,7 +1284,7 @@ class Trainer:
                 self.started = True
                 self.take_snapshot()
             while self.round < self.rounds:
-                self.play_round()
+                self.with_workers(self.play_round)
                 before, self.round = self.round * self.per_round, self.round + 1
                 if self.round == self.rounds or before // c.eval_every < self.step // c.eval_every:
                     self.evaluate()
@@ -1323,10 +1293,26 @@ class Trainer:
                     self.checkpoint()
         except Stop:
             self.drop_round()
+            self.checkpoint()
             print(f"stopped ({self.stop}) at step {self.step}: the same command resumes")
         finally:
             self.close()
         return self.round == self.rounds
+
+    def with_workers(self, work):
+        """work(); if a worker dies in it, up to three times anew, from the last snapshot."""
+        import envs
+        for left in (3, 2, 1, 0):
+            try:
+                return work()
+            except envs.WorkerDied as error:
+                if not left:
+                    raise
+                print(f"cmil: {error}; making new workers", file=sys.stderr, flush=True)
+            self.drop_round()
+            self.agent.load_state_dict(copy.deepcopy(self.snapshot["agent"]))
+            self.last = self.shown = self.rates(self.last)[2]  # the count of updates went back
+            self.vec = envs.make_vec(self.c.env, self.c.num_envs, **env_options(self.c))
 
     @property
     def checkpoint_due(self):
@@ -1339,6 +1325,7 @@ class Trainer:
 
     def play_round(self):
         """One episode of every environment in lockstep; the learner works while they simulate."""
+        import envs
         c, N, T = self.c, self.c.num_envs, self.T
         if not c.offline:
             images = np.zeros((T + 1, N, 64, 64, 3), np.uint8)
@@ -1359,10 +1346,10 @@ class Trainer:
             if self.stop:
                 raise Stop
         if not c.offline:
-            self.log({f"train/{key}": value.mean() for key, value in outcome(info).items()})
+            self.log({f"train/{key}": x.mean() for key, x in envs.outcome(info).items()})
             for i in range(N):
                 self.replay.add(images[:, i], actions[:, i])
-                save_atomically(self.dir / self.EPISODE.format(self.round, i), lambda f: (
+                envs.save_atomically(self.dir / self.EPISODE.format(self.round, i), lambda f: (
                     np.savez_compressed(f, image=images[:, i], action=actions[:, i])))
         self.steps_in_round = 0
 
@@ -1381,6 +1368,7 @@ class Trainer:
             for name, optimizer in self.agent.opts.items():
                 if (count := int(optimizer.skipped_now)) >= min(10, self.c.log_every):
                     self.drop_round()
+                    self.checkpoint()
                     die(f"the {name} loss had non-finite gradients in the last {count} updates, at "
                         f"step {self.step}; the last good state is {self.dir / 'checkpoint.pt'}")
         self.progress()
@@ -1388,14 +1376,17 @@ class Trainer:
     def evaluate(self):
         """eval/*: with the mode of policy and latent unless eval_sample, on seeds of their own."""
         import envs
-        c, start = self.c, time.time()
-        results, video = rollouts(self.agent, self.vec, self.T, c.eval_episodes, c.seed, EVALUATE,
-                                  c.eval_sample)
-        envs.save_gif(self.dir / "videos" / f"eval-{self.step:07d}.gif", video)
+        c, start, videos = self.c, time.time(), self.dir / "videos"
+        self.take_snapshot()  # where to go back to if a worker dies
+        results, video = self.with_workers(lambda: rollouts(
+            self.agent, self.vec, self.T, c.eval_episodes, c.seed, EVALUATE, c.eval_sample))
+        envs.save_gif(videos / f"eval-{self.step:07d}.gif", video)
         if isinstance(self.agent, Agent):
-            with kept_rng(self.agent.device):
-                save_open_loop(self.dir / "videos" / f"openloop-{self.step:07d}.png", self.agent,
-                               self.replay)
+            with kept_rng(self.agent.device):  # a demo's window, and what five frames foretell
+                image, action = self.replay.sample_demos(1)
+                predicted, _ = self.agent.open_loop(image, action)
+            envs.save_errors(videos / f"openloop-{self.step:07d}.png", image[:, 0].cpu().numpy(),
+                             predicted[:, 0].cpu().numpy())
         means = {f"eval/{key}": float(value.mean()) for key, value in results.items()}
         self.log(means)
         text = ", ".join(f"{key[5:]} {value:.2f}" for key, value in means.items())
@@ -1448,6 +1439,7 @@ class Trainer:
 
     def write_config(self, facts):
         """config.json: every field, and what the run depends on beside them."""
+        import envs
         versions = {d.name: d.version for d in reversed([*metadata.distributions()]) if d.name in (
             "torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics")}
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
@@ -1458,7 +1450,7 @@ class Trainer:
                            "gl_renderer": facts["gl_renderer"], "commit": commit,
                            "python": platform.python_version(),
                            "command": "python " + " ".join(sys.argv)}, indent=1)
-        save_atomically(self.dir / "config.json", lambda f: f.write(text.encode()))
+        envs.save_atomically(self.dir / "config.json", lambda f: f.write(text.encode()))
 
     def take_snapshot(self):
         """Keep the present state: what a checkpoint or a stop would write."""
@@ -1468,17 +1460,15 @@ class Trainer:
 
     def checkpoint(self):
         """Write the last snapshot; the previous checkpoint is kept beside it."""
-        path = self.dir / "checkpoint.pt"
-        if path.exists():
-            os.replace(path, path.with_suffix(".prev.pt"))
-        save_atomically(path, lambda f: torch.save(self.snapshot, f))
+        import envs
+        envs.save_atomically(self.dir / "checkpoint.pt", lambda f: torch.save(self.snapshot, f),
+                             self.dir / "checkpoint.prev.pt")
         self.last_checkpoint = time.time()
 
     def drop_round(self):
-        """Write the last snapshot as the checkpoint; cut the metrics back to it."""
+        """Go back to the last snapshot: in the count of steps and in the metrics."""
         self.steps_in_round = 0
-        self.checkpoint()
-        self.metrics.truncate(self.snapshot["metrics_bytes"])
+        self.metrics.seek(self.metrics.truncate(self.snapshot["metrics_bytes"]))
 
     def restore(self):
         """Load the newest checkpoint and the episodes before it -> length of metrics.jsonl then;
@@ -1487,6 +1477,11 @@ class Trainer:
         state = load_checkpoint(self.dir, self.agent)
         if state is None:
             return None
+        newest = self.dir / "checkpoint.pt"
+        if state["path"] != newest:  # or the next checkpoint would take the place of a good one
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(newest, newest.with_suffix(".damaged.pt"))
+            os.replace(state["path"], newest)
         if state["round"] > self.rounds:
             die(f"--steps {self.c.steps}: the run in {self.dir} has made "
                 f"{state['round'] * self.per_round} already")
@@ -1497,25 +1492,28 @@ class Trainer:
         return state["metrics_bytes"]
 
     def close(self):
-        self.metrics.close()
         self.vec.close()
+        self.metrics.close()
 
 
 def load_checkpoint(folder, agent):
-    """Load the run's newest checkpoint into the agent -> all that it holds, a dict of tensors and
-    plain values; None if there is none yet. Dies naming the file if it is unreadable."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        path = path.with_suffix(".prev.pt")  # killed between two renames
-    if not path.exists():
-        return None
-    try:
-        if zipfile.ZipFile(path).testzip():  # torch.load does not notice a flipped byte
-            raise ValueError("checksum")
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # zip, pickle and tensor errors of many kinds
-        back = "" if "prev" in path.name else " to go back to checkpoint.prev.pt"
-        die(f"{path} cannot be read ({type(error).__name__}); remove it{back}")
+    """Load the run's newest readable checkpoint into the agent -> all that it holds, a dict of
+    tensors and plain values, and its `path`; None if there is none yet. Dies if none is readable."""
+    problems = []
+    for path in (folder / "checkpoint.pt", folder / "checkpoint.prev.pt"):
+        try:
+            if zipfile.ZipFile(path).testzip():  # torch.load does not notice a flipped byte
+                raise ValueError("checksum")
+            state = {**torch.load(path, weights_only=True, map_location="cpu"), "path": path}
+            break
+        except FileNotFoundError:  # of the first alone: killed between two renames
+            pass
+        except Exception as error:  # zip, pickle and tensor errors of many kinds
+            problems.append(f"{path} cannot be read ({type(error).__name__})")
+    else:
+        return die(f"{'; '.join(problems)}; remove it to begin anew") if problems else None
+    if problems:
+        print(f"cmil: {problems[0]}; going back to {path.name}", file=sys.stderr)
     try:
         agent.load_state_dict(state["agent"])
     except (RuntimeError, KeyError, ValueError):
@@ -1693,7 +1691,9 @@ def main(argv=None):
     except envs.UserError as error:
         die(error)
     except OSError as error:  # of a folder, a disk
-        die(f"{error.filename}: {error.strerror}; mend that or give another folder")
+        die(f"{error.filename or 'a file'}: {error.strerror}; mend that or give another folder")
+    except torch.cuda.OutOfMemoryError as error:
+        die(f"{str(error).splitlines()[0]} Take a smaller --batch or --preset in a new --logdir")
 
 
 if __name__ == "__main__":

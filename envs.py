@@ -46,6 +46,10 @@ class UserError(ValueError):
     """A mistake that the user can repair: one line saying what is wrong, where, and what to do."""
 
 
+class WorkerDied(UserError):
+    """An environment's process was killed, failed or hangs. Its vector is closed; make another."""
+
+
 def _say(text):
     print(f"envs: {text}", file=sys.stderr, flush=True)
 
@@ -796,31 +800,54 @@ def make_env(name, seed=None, **options):
     return env
 
 
-def _explained(name):
-    """AsyncVectorEnv's method `name`, which then says so if a worker process has died."""
+def _watched(name):
+    """AsyncVectorEnv's method `name`, which ends all workers and says why if one of them fails."""
     def method(self, *args, **kwargs):
+        if name.endswith("_wait"):
+            kwargs.setdefault("timeout", self.TIMEOUT)
+        level, gym.logger.min_level = gym.logger.min_level, gym.logger.ERROR + 1  # no tracebacks
         try:
             return getattr(super(Workers, self), name)(*args, **kwargs)
-        except (EOFError, ConnectionError) as error:
-            for index, process in enumerate(self.processes):
-                process.join(1)
-                if process.exitcode is not None:
-                    self._state = AsyncState.DEFAULT  # or close() would wait for the dead one
-                    self.close(terminate=True)
-                    raise UserError(
-                        f"environment worker {index} died with exit code {process.exitcode} "
-                        "(-9: killed, mostly for lack of memory; then use fewer environments)"
-                    ) from error
+        except Exception as error:
+            cause = self._end(error)
+            if cause and not isinstance(error, UserError):
+                raise WorkerDied(cause) from error
             raise
+        finally:
+            gym.logger.min_level = level
     return method
 
 
 class Workers(AsyncVectorEnv):
-    """gymnasium's worker processes, with a readable error if one of them dies."""
+    """gymnasium's worker processes. WorkerDied if one is killed, fails or does not answer."""
+    TIMEOUT = 300  # seconds
 
-    reset_async, reset_wait = _explained("reset_async"), _explained("reset_wait")
-    step_async, step_wait = _explained("step_async"), _explained("step_wait")
-    call_async, call_wait = _explained("call_async"), _explained("call_wait")
+    __init__ = _watched("__init__")
+    reset_async, reset_wait = _watched("reset_async"), _watched("reset_wait")
+    step_async, step_wait = _watched("step_async"), _watched("step_wait")
+    call_async, call_wait = _watched("call_async"), _watched("call_wait")
+
+    def _end(self, error):
+        """Kill all workers, because of `error` -> which of them failed and how; "" if none has."""
+        cause, processes = "", getattr(self, "processes", [])
+        for index, process in enumerate(processes):
+            who, pipe = f"environment worker {index}", self.parent_pipes[index]
+            if isinstance(error, (EOFError, ConnectionError)):
+                process.join(.2)  # its pipe is closed: it is about to end
+                if process.exitcode is not None:
+                    killed = " (killed: by lack of memory? then use fewer environments)"
+                    cause = (f"{who} died with exit code {process.exitcode}"
+                             f"{killed * (process.exitcode == -9)}")
+            elif isinstance(error, multiprocessing.TimeoutError):
+                if not pipe.poll():
+                    cause = f"{who} did not answer within {self.TIMEOUT} s"
+            elif pipe is None:  # gymnasium's mark for a worker that sent an exception
+                cause = f"{who} failed with {type(error).__name__}: {error}"
+        for process in processes:
+            process.kill()  # terminate would wait for one that is stopped
+        self._state = AsyncState.DEFAULT  # or close would wait for an answer
+        self.close(terminate=True)
+        return cause
 
 
 class InProcess(SyncVectorEnv):
@@ -997,8 +1024,62 @@ def _cached_images(qpos, env, key):
     return image
 
 
+# ------------------------------------------------------------------------------- a run's files
+
+
+def outcome(info):
+    """What an episode's last info says of the task -> dict of float arrays (environments,)."""
+    names = {"success": "success", "n_tasks": "tasks", "rotation": "rotation", "error": "error",
+             "dropped": "dropped"}
+    return {name: np.asarray(info[key], np.float64) for key, name in names.items() if key in info}
+
+
+def lock(file):
+    """Keep other processes from the run that this open file belongs to, until this one ends."""
+    with contextlib.suppress(ImportError, OSError):  # Windows; file systems without locks
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{file.name} is being written by another process: end that one, or "
+                            "give another --logdir") from None
+
+
+def save_atomically(path, write, old=None):
+    """write(file) into a temporary file beside `path`, sync it to the disk, then rename.
+
+    old: what the file that it replaces is called from then on. An OSError names `path`, and leaves
+    all files as they were."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if old and path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save's
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save_gif(path, frames, fps=12, scale=4):
     """frames uint8 (T, 64, 64, 3) -> an endless GIF, `scale` times as large."""
     import imageio
     large = np.asarray(frames).repeat(scale, 1).repeat(scale, 2)
     imageio.mimsave(path, list(large), duration=1000 / fps, loop=0)
+
+
+def save_errors(path, truth, predicted, columns=10, scale=2):
+    """A picture of frames, uint8 (T, 64, 64, 3) twice, in rows: truth, prediction, their error."""
+    import imageio
+    error = np.abs(truth.astype(int) - predicted).astype(np.uint8)
+    pick = np.linspace(0, len(truth) - 1, min(columns, len(truth))).astype(int)
+    rows = [np.concatenate(x[pick], 1) for x in (truth, predicted, error)]
+    imageio.imwrite(path, np.concatenate(rows).repeat(scale, 0).repeat(scale, 1))

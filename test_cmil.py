@@ -2039,19 +2039,6 @@ def test_killed_between_two_renames(uninterrupted, tmp_path):
     assert lines == uninterrupted[2] and same(state, uninterrupted[1])
 
 
-def test_resume_from_a_damaged_checkpoint(tmp_path, capsys):
-    """A checkpoint that cannot be read: one line that names it; the metrics are left alone."""
-    train(tmp_path, 7)
-    before = metrics(tmp_path)
-    checkpoint = tmp_path / "checkpoint.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        train(tmp_path)
-    assert stop.value.code == 2 and "checkpoint.pt" in one_error_line(capsys)
-    assert metrics(tmp_path) == before
-
-
 def test_logging_does_not_change_learning(uninterrupted, tmp_path):
     """log_every and eval_every may differ: the same weights, and the same evaluations."""
     state, lines = train(tmp_path, log_every=1, eval_every=50)
@@ -2171,6 +2158,330 @@ def test_padded_steps_have_no_action(tmp_path):
         assert (episode["action"][:, 0] != 0).tolist() == [False] + [True] * 7 + [False] * 5
 
 
+# ------------------------------------------------------------------------------------ faults
+
+# Each is injected into a real run, which then goes on; its end must be that of the run without it.
+
+DYING = """
+import io, os, signal, sys
+sys.path.insert(0, {here!r})
+import numpy as np, torch
+import test_cmil
+
+def die_in(owner, name, at, half):
+    original, calls = getattr(owner, name), []
+    def dying(first, *rest, **named):
+        calls.append(first)
+        if len(calls) == at:
+            if half:                         # of the bytes are written, and reach the disk
+                file = first if name != "save" else rest[0]
+                whole = io.BytesIO()
+                original(*[whole if x is file else x for x in (first, *rest)], **named)
+                file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+                file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(first, *rest, **named)
+    setattr(owner, name, dying)
+
+die_in({owner}, {name!r}, {at}, {half})
+test_cmil.train({folder!r}, checkpoint_minutes=0)
+"""
+
+
+@pytest.mark.parametrize("owner, name, at, half", [
+    ("torch", "save", 15, True),                 # the checkpoint after round 2
+    ("os", "replace", 2 + 2 * 13, False),        # the old checkpoint is moved, the new is not
+    ("np", "savez_compressed", 4, True),         # the episode of round 4
+], ids=["in a checkpoint", "between two renames", "in an episode"])
+def test_killed_at_a_bad_moment(owner, name, at, half, uninterrupted, tmp_path):
+    """SIGKILL within a write: the same command ends as the uninterrupted run, bit for bit."""
+    code = DYING.format(here=str(HERE), owner=owner, name=name, at=at, half=half,
+                        folder=str(tmp_path))
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.returncode == -signal.SIGKILL, answer.stderr
+    assert list(tmp_path.rglob("*.tmp"))             # so it was in the middle of something
+    state, lines = train(tmp_path)
+    assert lines == uninterrupted[2] and same(state, uninterrupted[1])
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert len(list((tmp_path / "episodes").iterdir())) == 5
+
+
+def flip(data, position):
+    return data[:position] + bytes([data[position] ^ 64]) + data[position + 1:]
+
+
+DAMAGE = {"truncated": lambda data: data[:len(data) // 2], "empty": lambda data: b"",
+          "bit flipped": lambda data: flip(data, len(data) // 2)}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, uninterrupted, tmp_path, capsys):
+    """One line says so, nothing good is overwritten, and the run ends as the uninterrupted one."""
+    train(tmp_path, 20)
+    train(tmp_path, 30)
+    newest = tmp_path / "checkpoint.pt"
+    made = [torch.load(path, weights_only=True)["agent"]["updates"]
+            for path in (newest.with_suffix(".prev.pt"), newest)]
+    damaged = DAMAGE[damage](newest.read_bytes())
+    newest.write_bytes(damaged)
+    capsys.readouterr()
+    _, agent, vec, _ = cmil.load_agent(tmp_path)         # --eval goes back too, and changes nothing
+    vec.close()
+    assert agent.updates == made[0] < made[1] and newest.read_bytes() == damaged
+    error, = capsys.readouterr().err.splitlines()
+    assert "checkpoint.pt cannot be read" in error and "back to checkpoint.prev.pt" in error
+    state, lines = train(tmp_path, 24)
+    assert newest.with_suffix(".damaged.pt").read_bytes() == damaged
+    for path in (newest, newest.with_suffix(".prev.pt")):
+        torch.load(path, weights_only=True)              # both are good now
+    state, lines = train(tmp_path)
+    assert lines == uninterrupted[2] and same(state, uninterrupted[1])
+
+
+def test_no_flipped_bit_goes_unnoticed(uninterrupted, tmp_path):
+    """Wherever a bit flips, the checkpoint is refused, or what is loaded is what was saved."""
+    saved, rng = (uninterrupted[0] / "checkpoint.pt").read_bytes(), np.random.default_rng(0)
+    agent, refused = cmil.Agent(run_config(tmp_path), 2, torch.device("cpu")), 0
+    for position in [*rng.integers(len(saved), size=40), *(len(saved) - 1 - np.arange(20))]:
+        (tmp_path / "checkpoint.pt").write_bytes(flip(saved, position))
+        try:
+            cmil.load_checkpoint(tmp_path, agent)
+            assert same(agent.state_dict(), uninterrupted[1])
+        except SystemExit as stop:
+            refused += stop.code == 2
+    assert refused > 30
+
+
+def test_no_readable_checkpoint(tmp_path, capsys):
+    """Both damaged: exit code 2, one line that names them; nothing is lost."""
+    train(tmp_path, 7)
+    train(tmp_path, 9)
+    before, checkpoints = metrics(tmp_path), sorted(tmp_path.glob("checkpoint*.pt"))
+    for path in checkpoints:
+        path.write_bytes(path.read_bytes()[:5000])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path)
+    line = one_error_line(capsys)
+    assert stop.value.code == 2 and len(checkpoints) == 2 and all(str(p) in line for p in checkpoints)
+    assert metrics(tmp_path) == before and sorted(tmp_path.glob("checkpoint*.pt")) == checkpoints
+
+
+class FullDisk:
+    """A file on a disk on which there is room for `room` bytes."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(28, "No space left on device")
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("what", ["a checkpoint", "an episode", "metrics"])
+def test_disk_full(what, uninterrupted, tmp_path, capsys, monkeypatch):
+    """One line, exit code 2, no temporary files; the last checkpoint stands and the run goes on."""
+    train(tmp_path, 24)
+    good = (tmp_path / "checkpoint.pt").read_bytes()
+    save, savez, init = torch.save, np.savez_compressed, cmil.Trainer.__init__
+    if what == "a checkpoint":
+        monkeypatch.setattr(torch, "save", lambda state, f: save(state, FullDisk(f, 9000)))
+    elif what == "an episode":
+        monkeypatch.setattr(np, "savez_compressed", lambda f, **arrays: savez(
+            FullDisk(f, 900), **arrays))
+    else:
+        def on_a_full_disk(self, c):
+            init(self, c)
+            self.metrics = FullDisk(self.metrics, 900)
+        monkeypatch.setattr(cmil.Trainer, "__init__", on_a_full_disk)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cmil.main(finished((tmp_path,)))
+    line = one_error_line(capsys)
+    assert stop.value.code == 2 and "No space left on device" in line
+    assert what == "metrics" or str(tmp_path) in line
+    assert not list(tmp_path.rglob("*.tmp")) and (tmp_path / "checkpoint.pt").read_bytes() == good
+    monkeypatch.undo()
+    state, lines = train(tmp_path)
+    assert lines == uninterrupted[2] and same(state, uninterrupted[1])
+
+
+FLAKY = """
+import os, signal, time
+import gymnasium as gym, numpy as np
+
+class Flaky(gym.Env):
+    # A dot that actions move. Step FAIL_AT of a process fails, unless the file MARK is there.
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    observation_space = action_space = gym.spaces.Box(-1., 1., (1,))
+    steps = 0
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = self.np_random.uniform(-1, 1)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == int(os.environ["FAIL_AT"]):
+            try:
+                if os.environ["MARK"]:
+                    os.close(os.open(os.environ["MARK"], os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                pass
+            else:
+                how = os.environ["HOW"]
+                if how == "exception":
+                    raise RuntimeError("the motor is 100% hot")
+                if how == "exit":
+                    os._exit(3)
+                os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+                time.sleep(1)
+        self.x = float(np.clip(self.x + .2 * action[0], -1, 1))
+        return np.zeros(1, np.float32), 0., False, False, {"success": self.x > .5}
+
+    def render(self):
+        image = np.zeros((64, 64, 3), np.uint8)
+        image[28:36, int(28 + 28 * self.x):][:, :8] = 255
+        return image
+
+gym.register("Flaky-v0", Flaky, max_episode_steps=12)
+"""
+
+
+@pytest.fixture
+def flaky(tmp_path, monkeypatch):
+    """run(folder, how, at, once) trains on Flaky with two workers -> state, metrics."""
+    (tmp_path / "flaky_env.py").write_text(FLAKY)
+    monkeypatch.syspath_prepend(tmp_path)
+    action = np.zeros((13, 1), np.float32)
+    np.savez(tmp_path / "demo.npz", image=np.zeros((13, 64, 64, 3), np.uint8), action=action)
+
+    def run(folder, how="killed", at=0, once=True):
+        for name, value in {"HOW": how, "FAIL_AT": str(at), "MARK": str(
+                tmp_path / f"mark-{folder}") if once else ""}.items():
+            monkeypatch.setenv(name, value)
+        return train(tmp_path / folder, env="flaky_env:Flaky-v0", demos=str(tmp_path / "demo.npz"),
+                     num_demos=1, num_envs=2, steps=72, seed_steps=24, eval_every=36, train_ratio=.3,
+                     log_every=3)
+    return run
+
+
+@pytest.mark.parametrize("how, at, named", [
+    ("killed", 29, "died with exit code -9"), ("killed", 5, "died with exit code -9"),
+    ("exit", 29, "died with exit code 3"), ("exception", 30, "failed with RuntimeError: the motor is 100% hot"),
+    ("hangs", 31, "did not answer within 3 s")])
+def test_a_worker_that_fails_is_replaced(how, at, named, flaky, capsys, monkeypatch):
+    """In a round (steps 13-36 of a worker) or an evaluation (1-12, 37-48): one line names it, and
+    the run ends as one without the failure, bit for bit."""
+    monkeypatch.setattr(envs.Workers, "TIMEOUT", 3)
+    expected = flaky("calm")
+    capsys.readouterr()
+    state, lines = flaky("struck", how, at)
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("envs: ")]
+    assert len(said) == 1 and re.search(f"worker [01] {re.escape(named)}.*new workers", said[0]), said
+    assert lines == expected[1] and same(state, expected[0])
+
+
+def test_workers_that_always_fail_end_the_run(flaky, capsys, tmp_path):
+    """New workers three times, then a stop with the reason; the checkpoint is good."""
+    with pytest.raises(envs.WorkerDied, match="exit code -9"):
+        flaky("struck", at=5, once=False)
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("envs: ")]
+    assert len(said) == 3 and all("making new workers" in line for line in said)
+    assert torch.load(tmp_path / "struck" / "checkpoint.pt", weights_only=True)
+
+
+def test_one_run_has_one_writer(tmp_path, capsys):
+    """A second process on the same folder: one line; the first one's files are left alone."""
+    first = cmil.Trainer(run_config(tmp_path))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        cmil.main(finished((tmp_path,)))
+    assert stop.value.code == 2 and "another process" in one_error_line(capsys)
+    assert before == {path: path.read_bytes() for path in before}
+    first.close()
+    train(tmp_path)                                      # the lock went with its owner
+
+
+@pytest.mark.parametrize("error, named", [
+    (PermissionError(13, "Permission denied", "/a/run"), "/a/run: Permission denied"),
+    (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to\nallocate"), "smaller --batch")])
+def test_machine_trouble_gets_one_line(error, named, tmp_path, capsys, monkeypatch):
+    """A folder that cannot be written, a GPU without memory: one line with the remedy."""
+    def fail(*args):
+        raise error
+    monkeypatch.setattr(cmil.Agent, "clone_step", fail)
+    with pytest.raises(SystemExit) as stop:
+        cmil.main(["--env", "point", "--preset", "debug", "--num-envs", "1", "--device", "cpu",
+                   "--logdir", str(tmp_path)])
+    assert stop.value.code == 2 and named in one_error_line(capsys)
+
+
+@pytest.mark.parametrize("given, named", [
+    ("nonsense", "MUJOCO_GL=nonsense .unset it.."), (None, "EGL and OSMesa both fail")])
+def test_without_gl(given, named, monkeypatch):
+    """No way to draw: one line that names what was tried and the packages to install."""
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    if given:
+        monkeypatch.setenv("MUJOCO_GL", given)
+    else:
+        monkeypatch.setattr(subprocess, "run", lambda *a, **k: types.SimpleNamespace(returncode=1))
+    envs.choose_gl.cache_clear()
+    with pytest.raises(envs.UserError, match=f"{named}.*libegl1"):
+        envs.choose_gl()
+    assert os.environ.get("MUJOCO_GL") == given
+    envs.choose_gl.cache_clear()
+
+
+@pytest.mark.parametrize("workers", [1, 5])
+def test_same_command_same_metrics(workers, tmp_path):
+    """Two full runs in processes of their own agree bit for bit, clocks aside."""
+    for name in "ab":
+        answer = command("--env", "point", "--preset", "debug", "--num-envs", workers, "--steps",
+                         250 * workers, "--pretrain", 10, "--train-ratio", .04, "--log-every", 2,
+                         "--device", "cpu", "--threads", 1, "--logdir", tmp_path / name)
+        assert answer.returncode == 0, answer.stderr
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert len(metrics(tmp_path / "a")) > 15
+    first, second = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+                     for name in "ab")
+    assert same(first["agent"], second["agent"])
+
+
+@pytest.mark.stress
+def test_killed_twenty_times(tmp_path):
+    """SIGKILL at twenty random moments of the small hours of a run with two workers."""
+    words = ["--env", "point", "--preset", "debug", "--steps", "2000", "--checkpoint-minutes", "0",
+             "--device", "cpu", "--threads", "1"]
+    answer = command(*words, "--logdir", tmp_path / "calm")
+    assert answer.returncode == 0, answer.stderr
+    took = metrics(tmp_path / "calm", clock=())[-1]["time"]
+    rng, kills = np.random.default_rng(int(time.time())), 0
+    while kills < 20:
+        with subprocess.Popen([sys.executable, HERE / "cmil.py", *words, "--logdir",
+                               str(tmp_path / "struck")], stdout=subprocess.PIPE, text=True) as run:
+            run.stdout.readline()                        # it has started; now it is at work
+            time.sleep(rng.uniform(0, 2 * took / 20))
+            run.kill()
+            kills += 1
+    answer = command(*words, "--logdir", tmp_path / "struck")
+    assert answer.returncode == 0, answer.stderr
+    assert metrics(tmp_path / "struck") == metrics(tmp_path / "calm")
+    first, second = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+                     for name in ("calm", "struck"))
+    assert same(first["agent"], second["agent"])
+    assert len(list((tmp_path / "struck" / "episodes").iterdir())) == 40
+
+
 # ------------------------------------------------------------------------------------ command line
 
 
@@ -2221,6 +2532,27 @@ def test_mistakes_get_one_line(words, named, tmp_path, capsys):
         cmil.main(given)
     assert stop.value.code == 2
     assert named in one_error_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def bad_values(field):
+    """What no flag of this kind can mean."""
+    if field.metadata["choices"]:
+        return ["nonsense", "", "-1", "auto,paper"]
+    kind = type(field.default)
+    return {bool: [], str: [], int: ["-1", "1.5", "nan", "", "1e3", "9" * 25, "ten"],
+            float: ["-1", "nan", "inf", "", "-inf", "1e999", "ten", "1,5"]}[kind]
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(cmil.Config), ids=lambda field: field.name)
+def test_fuzzed_flags(field, tmp_path, capsys):
+    """Each field with each kind of nonsense: exit code 2, one line with its flag, no folder."""
+    flag = "--" + field.name.replace("_", "-")
+    for value in bad_values(field):
+        with pytest.raises(SystemExit) as stop:
+            cmil.main(["--env", "point", "--preset", "debug", "--num-envs", "1", "--device", "cpu",
+                       "--logdir", str(tmp_path / "run"), f"{flag}={value}"])
+        assert stop.value.code == 2 and flag in one_error_line(capsys), value
     assert not (tmp_path / "run").exists()
 
 
@@ -2353,6 +2685,7 @@ def test_eval_of_a_damaged_run(damage, named, uninterrupted, tmp_path, capsys):
         for file in run.glob("checkpoint*.pt"):
             file.unlink()
     elif damage == "cut checkpoint":
+        (run / "checkpoint.prev.pt").unlink()
         checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
     elif damage == "other sizes":
         stored["config"]["deter"] += 1
@@ -3029,6 +3362,39 @@ def test_bad_pixel_demos_get_one_line(problem, tmp_path):
     assert problem == "empty folder" or "bad.npz" in str(error.value)
 
 
+def fuzzed(rng):
+    """A random mistake in one array of a demonstration -> its arrays."""
+    arrays = pixel_demo()
+    key = str(rng.choice(["image", "action"]))
+    array, cut = arrays[key], int(rng.integers(1, 31))
+    mistakes = {
+        "missing": lambda: None, "rows": lambda: array[:cut], "no rows": lambda: array[:0],
+        "scalar": lambda: array.ravel()[0], "flat": lambda: array.ravel(),
+        "dimension": lambda: array[None], "sizes": lambda: np.moveaxis(array, -1, 0),
+        "kind": lambda: array.astype(rng.choice(["int8", "int32", "U4", "complex64", "bool"])),
+        "pickle": lambda: array.astype(object), "one": lambda: array[..., :1]}
+    if key == "action":
+        value = rng.choice([np.nan, np.inf, -np.inf, 1.01, -3, 1e30])
+        mistakes["number"] = lambda: no_number(value)
+    return {**arrays, key: mistakes[str(rng.choice(list(mistakes)))]()}
+
+
+def test_fuzzed_demos(tmp_path):
+    """150 random mistakes in arrays and bytes: each is one UserError line that names the file."""
+    rng, file = np.random.default_rng(0), tmp_path / "bad.npz"
+    for case in range(150):
+        if case % 3:
+            np.savez(file, **{k: v for k, v in fuzzed(rng).items() if v is not None})
+        else:                                            # bytes lost or changed
+            np.savez(file, **pixel_demo())
+            whole = file.read_bytes()
+            at = int(rng.integers(100, len(whole) - 100))
+            file.write_bytes(whole[:at] if case % 2 else flip(whole, at))
+        with pytest.raises(envs.UserError) as error:
+            envs.load_demos(file, "point", min_steps=7)
+        assert "\n" not in str(error.value) and "bad.npz" in str(error.value), case
+
+
 def test_too_few_demos_get_one_line(tmp_path):
     """Asking for more demonstrations than a file holds says how many there are."""
     np.savez(tmp_path / "a.npz", **pixel_demo())
@@ -3425,7 +3791,7 @@ def test_the_readme_explains_what_is_logged(uninterrupted):
     names = {name for line in metrics(uninterrupted[0], clock=()) for name in line}
     assert {"recon", "eval/success", "grad/actor", "ups"} <= names
     every = dict.fromkeys(("success", "n_tasks", "rotation", "error", "dropped"), [0])
-    names |= {f"{when}/{name}" for when in ("eval", "train") for name in cmil.outcome(every)}
+    names |= {f"{when}/{name}" for when in ("eval", "train") for name in envs.outcome(every)}
     assert not [name for name in names
                 if f"`{'grad/*' if name.startswith('grad/') else name}`" not in text]
 
