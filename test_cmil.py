@@ -2544,7 +2544,8 @@ def bad_values(field):
             float: ["-1", "nan", "inf", "", "-inf", "1e999", "ten", "1,5"]}[kind]
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(cmil.Config), ids=lambda field: field.name)
+@pytest.mark.parametrize("field", filter(bad_values, dataclasses.fields(cmil.Config)),
+                         ids=lambda field: field.name)
 def test_fuzzed_flags(field, tmp_path, capsys):
     """Each field with each kind of nonsense: exit code 2, one line with its flag, no folder."""
     flag = "--" + field.name.replace("_", "-")
@@ -3696,6 +3697,27 @@ def test_bad_kitchen_demos_get_one_line(problem, tmp_path, kitchen, monkeypatch)
     with pytest.raises(envs.UserError) as error:
         envs.load_demos(file, "kitchen", min_steps=21 if problem == "too short" else 1)
     assert "\n" not in str(error.value) and "bad.npz" in str(error.value)
+
+
+@needs_kitchen
+def test_fuzzed_kitchen_demos(tmp_path, kitchen, monkeypatch):
+    """60 random mistakes in what of a state file is read: one UserError line that names it."""
+    monkeypatch.setattr(envs, "make_env", lambda name, **options: kitchen)
+    monkeypatch.setattr(type(kitchen), "close", lambda self: None)
+    rng, file = np.random.default_rng(0), tmp_path / "bad.npz"
+    for case in range(60):
+        demos, key = bad_state_demo("none"), str(rng.choice(["qpos", "action"]))
+        array = demos[key]
+        spoilt, value = array.copy(), rng.choice([np.nan, np.inf, -np.inf])
+        spoilt.flat[rng.integers(array.size)] = value
+        mistakes = {"missing": None, "rows": array[:, :3], "no episodes": array[:0], "number": spoilt,
+                    "one episode": array[0], "turned": array.swapaxes(1, 2), "pickle": array.astype(
+                        object), "kind": array.astype(rng.choice(["int16", "U4", "complex64"]))}
+        demos[key] = mistakes[str(rng.choice(list(mistakes)))]
+        np.savez(file, **{k: v for k, v in demos.items() if v is not None})
+        with pytest.raises(envs.UserError) as error:
+            envs.load_demos(file, "kitchen")
+        assert "\n" not in str(error.value) and "bad.npz" in str(error.value), case
 
 
 @needs_kitchen
