@@ -2544,7 +2544,7 @@ def bad_values(field):
             float: ["-1", "nan", "inf", "", "-inf", "1e999", "ten", "1,5"]}[kind]
 
 
-@pytest.mark.parametrize("field", filter(bad_values, dataclasses.fields(cmil.Config)),
+@pytest.mark.parametrize("field", [*filter(bad_values, dataclasses.fields(cmil.Config))],
                          ids=lambda field: field.name)
 def test_fuzzed_flags(field, tmp_path, capsys):
     """Each field with each kind of nonsense: exit code 2, one line with its flag, no folder."""
@@ -2885,10 +2885,12 @@ def test_curves_have_the_experts_line(env, tasks, demos, lines, figures, tmp_pat
     from matplotlib import axes
     drawn = calls_of(monkeypatch, axes.Axes, "axhline", lambda real, *args, **options: real(
         *args, **options))
-    run = fake_run(tmp_path / "run", 0)
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"config": {
-        "env": env, "tasks": tasks, "demos": demos, "algo": "cmil"}}))
-    figures.plot([run], str(tmp_path / "x.png"))
+    run, other = fake_run(tmp_path / "run", 0), fake_run(tmp_path / "other", 0)
+    for folder, config in (("run", {"env": env, "tasks": tasks, "demos": demos}),
+                           ("other", {"env": "Other-v0", "demos": "its.npz"})):
+        (tmp_path / folder / "config.json").write_text(json.dumps({
+            "config": {**config, "algo": "cmil"}}))
+    figures.plot([run, other], str(tmp_path / "x.png"))
     assert [height for _, height in drawn] == list(lines.values())
 
 

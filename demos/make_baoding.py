@@ -189,10 +189,7 @@ def make_reference(env, pool, seed):
 def main():
     args = arguments("baoding", 20, threads=(os.cpu_count(), "of the simulator"))
     began = time.time()
-    try:
-        env = undrawn(envs.Baoding)()
-    except envs.UserError as error:
-        fail(str(error))
+    env = undrawn(envs.Baoding)
     pool = Pool(env.model, args.threads)
     reference = make_reference(env, pool, args.seed + 1000)
     print(f"stage 4: the demonstrations ({time.time() - began:.0f} s so far)")

@@ -336,10 +336,7 @@ def expert_episode(env, scene, seed):
 
 def main():
     args, began = arguments("kitchen", 10), time.time()
-    try:
-        env = undrawn(envs.Kitchen)()
-    except envs.UserError as error:
-        fail(str(error))
+    env = undrawn(envs.Kitchen)
     scene, demos, last, tries = Scene(env.model), [], [], 0
     while len(demos) < args.n:
         if tries >= 10 + 2 * args.n:

@@ -7,6 +7,9 @@ from pathlib import Path
 import mujoco
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import envs                                               # noqa: E402  one folder up
+
 
 def fail(message):
     """Print one line and exit with code 2."""
@@ -40,9 +43,12 @@ def arguments(name, n, **more):
 
 
 def undrawn(environment):
-    """The project's own environment class, without the time that drawing takes."""
-    return type(f"Undrawn{environment.__name__}", (environment,),
-                {"_frame": lambda self: np.zeros((64, 64, 3), np.uint8)})
+    """An environment of one of the project's own classes, without the time that drawing takes."""
+    try:
+        return type(f"Undrawn{environment.__name__}", (environment,),
+                    {"_frame": lambda self: np.zeros((64, 64, 3), np.uint8)})()
+    except envs.UserError as error:
+        fail(str(error))
 
 
 def full_state(model, data, kind=mujoco.mjtState.mjSTATE_INTEGRATION):

@@ -72,12 +72,13 @@ def curve(seeds, key, x):
 
 def plot(runs, out, x="step"):
     """Draw the learning curves of `runs` (folders) into the picture `out`; x: see X_LABELS."""
-    own = []                                    # demonstrations that were given by --demos
+    own = set()                                 # environments with demonstrations from --demos
     groups = {}                                 # environment -> method -> evaluations of each seed
     for run in runs:
         config, entries = read_run(run)
         env = " ".join(filter(None, (config["env"], config.get("tasks"))))
-        own.append(config.get("demos"))
+        if config.get("demos"):
+            own.add(env)
         groups.setdefault(env, {}).setdefault(config["algo"], []).append(
             [entry for entry in entries if "eval/success" in entry])
     plt = pyplot()
@@ -108,7 +109,7 @@ def plot(runs, out, x="step"):
             best = EXPERT.get(env.split()[0], {}).get(key)
             if key == "eval/tasks" and " " in env:
                 best = env.count("+") + 1
-            if best and not any(own):
+            if best and env not in own:
                 axis.axhline(best, color="0.4", lw=0.8, ls=(0, (6, 2)), label="demonstrations")
             axis.set_ylabel(MEASURES[key])
             axis.grid(alpha=0.3)
