@@ -1135,11 +1135,12 @@ class Replay:
 
     Rows are in stored order (action[t] led to image[t]). `start` lists every row at which a window
     of `length` rows lies inside one episode; how many there are is a tensor, filled in place, so
-    that sampling needs no host synchronisation and goes into a CUDA graph."""
+    that sampling needs no host synchronisation and goes into a CUDA graph. Filling takes all memory
+    at once: where there is too little, a run ends at its start and not at night."""
 
     def __init__(self, capacity, length, action, device):
         self.length, self.rows, self.windows = length, 0, 0
-        self.image = torch.empty(capacity, 64, 64, 3, dtype=torch.uint8, device=device)
+        self.image = torch.full((capacity, 64, 64, 3), 0, dtype=torch.uint8, device=device)
         self.action = torch.empty(capacity, action, device=device)
         self.start = torch.empty(capacity, dtype=torch.long, device=device)
         self.starts = torch.zeros((), dtype=torch.long, device=device)
@@ -1648,10 +1649,9 @@ def load_agent(run, explicit=None):
         die(f"--{name.replace('_', '-')} belongs to training: with --eval it cannot change")
     c = Config(**{**stored, "logdir": str(run), **(explicit or {}), "graph": "off"})
     check_config(c)
-    if not any(pathlib.Path(run).glob("checkpoint*.pt")):
-        die(f"{run}: the run has not written a checkpoint.pt yet")
     vec, facts, agent = build(c)
-    load_checkpoint(pathlib.Path(run), agent)
+    if load_checkpoint(pathlib.Path(run), agent) is None:
+        die(f"{run}: the run has not written a checkpoint.pt yet")
     return c, agent, vec, facts["episode_steps"]
 
 

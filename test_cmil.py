@@ -1823,6 +1823,20 @@ def test_replay_grows():
     assert replay2.sample(200)[0].any() and not replay2.sample_demos(200)[0].any()
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux says what is resident")
+def test_a_replay_takes_its_memory_at_once():
+    """200 MB of frames are resident before the first one is stored (in a process of its own)."""
+    code = """if True:
+        import cmil, torch
+        pages = lambda: int(open("/proc/self/statm").read().split()[1])
+        before = pages()
+        replay = cmil.Replay(16_300, 8, 2, torch.device("cpu"))
+        print(replay.image.nbytes, pages() - before)"""
+    answer = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    size, pages = map(int, answer.stdout.split())
+    assert size > 200e6 and pages * os.sysconf("SC_PAGE_SIZE") > .95 * size
+
+
 @pytest.mark.parametrize("edge, expected", [(0., 0), (1., 23)])
 def test_replay_edges_of_the_random_number(edge, expected, monkeypatch):
     """u = 0 gives the first window; even u = 1 (rounding) gives the last one and not one behind."""
