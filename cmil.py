@@ -77,6 +77,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+with contextlib.suppress(ImportError):  # without gymnasium, all but the Trainer can still be used
+    import envs
+
 # --- Configuration --------------------------------------------------------------------------------
 # Every field is a flag. The defaults are the paper-size run; presets override them.
 
@@ -1135,8 +1138,7 @@ class Replay:
 
     Rows are in stored order (action[t] led to image[t]). `start` lists every row at which a window
     of `length` rows lies inside one episode; how many there are is a tensor, filled in place, so
-    that sampling needs no host synchronisation and goes into a CUDA graph. Filling takes all memory
-    at once: where there is too little, a run ends at its start and not at night."""
+    that sampling needs no host synchronisation and fits a CUDA graph. Memory is taken at once."""
 
     def __init__(self, capacity, length, action, device):
         self.length, self.rows, self.windows = length, 0, 0
@@ -1197,7 +1199,6 @@ def rollouts(agent, vec, steps, episodes, seed, stream, sample):
     """Run `episodes` episodes of `steps` steps, as many at a time as `vec` has environments
     -> dict of success, tasks, return (arrays of length `episodes`; others where info has them), and
     video (steps+1, 64, 64, 3) uint8 of the first episode. Leaves torch's random state as it was."""
-    import envs
     results, video = {}, []
     with kept_rng(agent.device):
         torch.manual_seed(seed + 1_000_003 * stream)
@@ -1228,7 +1229,6 @@ class Trainer:
     steps_in_round, last_checkpoint, last_success, board = 0, 0.0, math.nan, None
 
     def __init__(self, c):
-        import envs
         self.c, self.dir = c, pathlib.Path(c.logdir)
         self.began, self.before, self.stop = time.time(), 0.0, ""
         self.vec, facts, self.agent = build(c)
@@ -1241,22 +1241,17 @@ class Trainer:
         self.rounds = math.ceil(c.steps / self.per_round)
         played = 0 if c.offline else self.rounds * c.num_envs
         rows = sum(len(d["image"]) for d in demos) + played * (self.T + 1)
-        try:
-            self.replay = Replay(rows, c.length, facts["action_dim"], self.agent.device)
-        except RuntimeError:
-            die(f"--steps {c.steps}: no memory for a replay of {rows * 64 * 64 * 3 / 1e9:.1f} GB "
-                f"on {self.agent.device}")
+        self.replay = Replay(rows, c.length, facts["action_dim"], self.agent.device)
         for demo in demos:
             self.replay.add(demo["image"], demo["action"], demo=True)
 
         self.update = self.agent.clone_update if c.reward == "none" else self.agent.update
-        self.round, self.started = 0, False
+        self.round, self.evaluated = 0, False
         for folder in ("episodes", "videos"):
             (self.dir / folder).mkdir(parents=True, exist_ok=True)
-        self.metrics = open(self.dir / "metrics.jsonl", "a")
-        envs.lock(self.metrics)
+        self.metrics = envs.open_log(self.dir / "metrics.jsonl")
         logged = self.restore()
-        self.metrics.seek(self.metrics.truncate(min(logged or 0, self.metrics.tell())))
+        envs.cut(self.metrics, logged or 0)
         with contextlib.suppress(ImportError):  # TensorBoard is optional
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(self.dir)
@@ -1270,27 +1265,28 @@ class Trainer:
     def run(self):
         """Train to the end, or to a stop. -> True if the run is complete."""
         c, agent = self.c, self.agent
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda n, _: setattr(self, "stop", signal.Signals(n).name))
+        handlers = {number: signal.signal(number, lambda n, _: setattr(
+            self, "stop", signal.Signals(n).name)) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             while agent.updates < c.pretrain:       # the start: world model and cloning, demos only
                 self.learn(agent.clone_update)
-                if self.stop or self.checkpoint_due:
+                if self.stop or self.checkpoint_due():
                     self.take_snapshot()
                     if self.stop:
                         raise Stop
                     self.checkpoint()
-            if not self.started:
-                self.evaluate()
-                self.started = True
-                self.take_snapshot()
-            while self.round < self.rounds:
-                self.with_workers(self.play_round)
-                before, self.round = self.round * self.per_round, self.round + 1
-                if self.round == self.rounds or before // c.eval_every < self.step // c.eval_every:
+            self.take_snapshot()
+            while self.round < self.rounds or not self.evaluated:
+                if not self.evaluated:
                     self.evaluate()
+                    self.evaluated = True
+                else:
+                    self.with_workers(self.play_round)
+                    before, self.round = self.round * self.per_round, self.round + 1
+                    due = before // c.eval_every < self.step // c.eval_every
+                    self.evaluated = not due and self.round < self.rounds
                 self.take_snapshot()
-                if self.checkpoint_due or self.round == self.rounds:
+                if self.checkpoint_due() or self.round == self.rounds:
                     self.checkpoint()
         except Stop:
             self.drop_round()
@@ -1298,24 +1294,26 @@ class Trainer:
             print(f"stopped ({self.stop}) at step {self.step}: the same command resumes")
         finally:
             self.close()
-        return self.round == self.rounds
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return self.round == self.rounds and self.evaluated
 
     def with_workers(self, work):
         """work(); if a worker dies in it, up to three times anew, from the last snapshot."""
-        import envs
         for left in (3, 2, 1, 0):
             try:
+                if self.vec.closed:
+                    self.vec = envs.make_vec(self.c.env, self.c.num_envs, **env_options(self.c))
                 return work()
             except envs.WorkerDied as error:
+                self.drop_round()
                 if not left:
+                    self.checkpoint()
                     raise
                 print(f"cmil: {error}; making new workers", file=sys.stderr, flush=True)
-            self.drop_round()
             self.agent.load_state_dict(copy.deepcopy(self.snapshot["agent"]))
             self.last = self.shown = self.rates(self.last)[2]  # the count of updates went back
-            self.vec = envs.make_vec(self.c.env, self.c.num_envs, **env_options(self.c))
 
-    @property
     def checkpoint_due(self):
         return time.time() - self.last_checkpoint > 60 * self.c.checkpoint_minutes
 
@@ -1326,7 +1324,6 @@ class Trainer:
 
     def play_round(self):
         """One episode of every environment in lockstep; the learner works while they simulate."""
-        import envs
         c, N, T = self.c, self.c.num_envs, self.T
         if not c.offline:
             images = np.zeros((T + 1, N, 64, 64, 3), np.uint8)
@@ -1368,17 +1365,16 @@ class Trainer:
                 self.log({**self.info, **self.agent.report(self.replay), **rates})
             for name, optimizer in self.agent.opts.items():
                 if (count := int(optimizer.skipped_now)) >= min(10, self.c.log_every):
+                    where = f"at step {self.step}, update {self.agent.updates}"
                     self.drop_round()
                     self.checkpoint()
-                    die(f"the {name} loss had non-finite gradients in the last {count} updates, at "
-                        f"step {self.step}; the last good state is {self.dir / 'checkpoint.pt'}")
+                    die(f"the {name} loss had non-finite gradients in the last {count} updates, "
+                        f"{where}; the last good state is {self.dir / 'checkpoint.pt'}")
         self.progress()
 
     def evaluate(self):
         """eval/*: with the mode of policy and latent unless eval_sample, on seeds of their own."""
-        import envs
         c, start, videos = self.c, time.time(), self.dir / "videos"
-        self.take_snapshot()  # where to go back to if a worker dies
         results, video = self.with_workers(lambda: rollouts(
             self.agent, self.vec, self.T, c.eval_episodes, c.seed, EVALUATE, c.eval_sample))
         envs.save_gif(videos / f"eval-{self.step:07d}.gif", video)
@@ -1440,7 +1436,6 @@ class Trainer:
 
     def write_config(self, facts):
         """config.json: every field, and what the run depends on beside them."""
-        import envs
         versions = {d.name: d.version for d in reversed([*metadata.distributions()]) if d.name in (
             "torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics")}
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
@@ -1456,12 +1451,12 @@ class Trainer:
     def take_snapshot(self):
         """Keep the present state: what a checkpoint or a stop would write."""
         self.snapshot = {"agent": self.agent.state_dict(), "round": self.round,
-                         "started": self.started, "metrics_bytes": self.metrics.tell(),
+                         "evaluated": self.evaluated, "metrics_bytes": self.metrics.tell(),
                          "seconds": self.before + time.time() - self.began}
 
     def checkpoint(self):
         """Write the last snapshot; the previous checkpoint is kept beside it."""
-        import envs
+        os.fsync(self.metrics.fileno())
         envs.save_atomically(self.dir / "checkpoint.pt", lambda f: torch.save(self.snapshot, f),
                              self.dir / "checkpoint.prev.pt")
         self.last_checkpoint = time.time()
@@ -1469,12 +1464,10 @@ class Trainer:
     def drop_round(self):
         """Go back to the last snapshot: in the count of steps and in the metrics."""
         self.steps_in_round = 0
-        self.metrics.seek(self.metrics.truncate(self.snapshot["metrics_bytes"]))
+        envs.cut(self.metrics, self.snapshot["metrics_bytes"])
 
     def restore(self):
-        """Load the newest checkpoint and the episodes before it -> length of metrics.jsonl then;
-        None if there is none."""
-        import envs
+        """Load the newest checkpoint and its episodes -> length of metrics.jsonl then, or None."""
         state = load_checkpoint(self.dir, self.agent)
         if state is None:
             return None
@@ -1486,10 +1479,11 @@ class Trainer:
         if state["round"] > self.rounds:
             die(f"--steps {self.c.steps}: the run in {self.dir} has made "
                 f"{state['round'] * self.per_round} already")
-        self.round, self.started, self.before = state["round"], state["started"], state["seconds"]
-        played = 0 if self.c.offline else self.round
-        for number, worker in np.ndindex(played, self.c.num_envs):
-            self.replay.add(**envs.read_npz(self.dir / self.EPISODE.format(number, worker)))
+        self.round, self.evaluated = state["round"], state.get("evaluated", False)
+        self.before = state["seconds"]
+        for number, worker in np.ndindex(0 if self.c.offline else self.round, self.c.num_envs):
+            file = self.dir / self.EPISODE.format(number, worker)
+            self.replay.add(**envs.read_episode(file, self.T, self.replay.action.shape[1]))
         return state["metrics_bytes"]
 
     def close(self):
@@ -1499,7 +1493,7 @@ class Trainer:
 
 def load_checkpoint(folder, agent):
     """Load the run's newest readable checkpoint into the agent -> all that it holds, a dict of
-    tensors and plain values, and its `path`; None if there is none yet. Dies if none is readable."""
+    tensors and plain values, and its `path`; None where there is none. Dies if none can be read."""
     problems = []
     for path in (folder / "checkpoint.pt", folder / "checkpoint.prev.pt"):
         try:
@@ -1507,8 +1501,9 @@ def load_checkpoint(folder, agent):
                 raise ValueError("checksum")
             state = {**torch.load(path, weights_only=True, map_location="cpu"), "path": path}
             break
-        except FileNotFoundError:  # of the first alone: killed between two renames
-            pass
+        except (OSError, MemoryError) as error:  # the file itself may be as good as ever
+            if not isinstance(error, FileNotFoundError):  # killed between two renames
+                raise
         except Exception as error:  # zip, pickle and tensor errors of many kinds
             problems.append(f"{path} cannot be read ({type(error).__name__})")
     else:
@@ -1525,7 +1520,6 @@ def load_checkpoint(folder, agent):
 
 def build(c):
     """The environments and the agent of a config -> vec, facts (dict of envs.env_facts), agent."""
-    import envs
     device = setup_torch(c)
     torch.manual_seed(c.seed)
     vec = envs.make_vec(c.env, c.num_envs, **env_options(c))
@@ -1612,9 +1606,12 @@ def read_config(run):
     """The config of the run in folder `run` -> dict of all fields, or None where there is none."""
     path = pathlib.Path(run) / "config.json"
     try:
-        stored = json.loads(path.read_text())["config"]
-        return dataclasses.asdict(Config(**stored))  # no field that is unknown here
+        c = Config(**json.loads(path.read_text())["config"])  # no field that is unknown here
+        check_config(c)
+        return dataclasses.asdict(c)
     except (FileNotFoundError, NotADirectoryError):
+        if path.with_name("checkpoint.pt").exists():
+            die(f"{path} is missing, and the checkpoint beside it of no use without; restore it")
         return None
     except (ValueError, KeyError, TypeError):
         die(f"{path} is not the config.json of a run of this version; give another folder")
@@ -1624,9 +1621,12 @@ def check_config(c):
     """Refuse impossible numbers with one line."""
     for field in dataclasses.fields(c):
         value, least, most = getattr(c, field.name), *map(field.metadata.get, ("least", "most"))
+        kind, choices = type(field.default), field.metadata["choices"]
+        if not isinstance(value, (float, int) if kind is float else kind) or (
+                choices and value not in choices):
+            die(f"{field.name} {value!r}: expected {choices or kind.__name__}")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            enough = value > 0 if least is None else value >= least
-            if not (enough and value <= most):  # nor NaN
+            if not ((value > 0 if least is None else value >= least) and value <= most):  # nor NaN
                 bounds = "greater than 0" if least is None else f"of {least} or more"
                 die(f"--{field.name.replace('_', '-')} {value}: expected a number {bounds}"
                     + (f" and at most {most}" if value > most else ""))
@@ -1657,7 +1657,6 @@ def load_agent(run, explicit=None):
 
 def evaluate_run(run, episodes, video, explicit):
     """--eval: one JSON line, on environment seeds that training and its evaluations never use."""
-    import envs
     if episodes < 1:
         die(f"--episodes {episodes}: expected 1 or more")
     if video and not (video.endswith(".gif") and pathlib.Path(video).parent.is_dir()):
@@ -1688,12 +1687,8 @@ def main(argv=None):
             import bench
             return bench.bench(explicit)
         Trainer(make_config(explicit)).run()
-    except envs.UserError as error:
-        die(error)
-    except OSError as error:  # of a folder, a disk
-        die(f"{error.filename or 'a file'}: {error.strerror}; mend that or give another folder")
-    except torch.cuda.OutOfMemoryError as error:
-        die(f"{str(error).splitlines()[0]} Take a smaller --batch or --preset in a new --logdir")
+    except (Exception, KeyboardInterrupt) as error:
+        die(envs.trouble(error))
 
 
 if __name__ == "__main__":

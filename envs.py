@@ -26,24 +26,41 @@ import importlib.util
 import inspect
 import io
 import multiprocessing
+import multiprocessing.connection
 import os
 import subprocess
 import sys
 import time
-import zipfile
-import zlib
+import traceback
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from gymnasium.vector.async_vector_env import AsyncState
+from gymnasium.vector.async_vector_env import _async_worker
 
 IMAGE = 64  # pixels: width and height of every observation
 
 
 class UserError(ValueError):
     """A mistake that the user can repair: one line saying what is wrong, where, and what to do."""
+
+
+def trouble(error):
+    """An exception in one line with a remedy. Raises it again if it is a mistake of the code."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError):
+        return (f"{error.filename or 'a file'}: {error.strerror or error}; mend that, or give "
+                "another folder")
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    lacks = "out of memory", "allocate", "alloc_failed", "overflow"  # torch has no name for it
+    if isinstance(error, (MemoryError, RuntimeError)) and (
+            any(words in repr(error).lower() for words in lacks)):
+        return (f"out of memory ({' '.join(str(error).split())[:200]}); take fewer --steps, a "
+                "smaller --batch or a smaller --preset, in another --logdir")
+    raise error
 
 
 class WorkerDied(UserError):
@@ -791,13 +808,55 @@ def make_env(name, seed=None, **options):
     for key in options:
         if key not in known:
             raise UserError(f"{key} does not apply to {name}, which has {', '.join(known)}")
-    env = made(**options)
+    with _explained():
+        env = made(**options)
     if seed is not None:
         env.action_space.seed(seed)
         env.np_random = np.random.default_rng(seed)
-    if multiprocessing.current_process().daemon:  # in a worker: Ctrl-C and a scheduler's SIGTERM
-        os.setpgrp()                              # to the group are the learner's business
     return env
+
+
+def _in_a_line(error):
+    """Kind: text (file:line) of an exception that was caught."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text} ({last.filename}:{last.lineno})"
+
+
+@contextlib.contextmanager
+def _explained():
+    """What goes wrong inside an environment, in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the environment failed with {_in_a_line(error)}") from error
+
+
+class _Errors:
+    """gymnasium's queue of what failed in a worker, with texts: not every exception can be sent."""
+
+    def __init__(self, queue):
+        self.queue = queue
+
+    def put(self, failure):
+        index, kind, value, _ = failure
+        mine, error = issubclass(kind, UserError), sys.exc_info()[1]
+        self.queue.put((index, UserError if mine else RuntimeError,
+                        str(value) if mine else _in_a_line(error), ""))
+
+
+def _worker(index, make, pipe, other, memory, errors, *rest):
+    """gymnasium's worker process, which prints no tracebacks."""
+    os.setpgrp()  # Ctrl-C and a scheduler's SIGTERM to the group are the learner's business
+    try:
+        _async_worker(index, make, pipe, other, memory, _Errors(errors), *rest)
+    except (EOFError, ConnectionError):  # the learner is gone
+        os._exit(1)
+    except Exception as error:  # while it was made, before gymnasium catches anything
+        _say(f"worker {index}: {error if isinstance(error, UserError) else _in_a_line(error)}")
+        os._exit(1)
 
 
 def _watched(name):
@@ -827,31 +886,56 @@ class Workers(AsyncVectorEnv):
     step_async, step_wait = _watched("step_async"), _watched("step_wait")
     call_async, call_wait = _watched("call_async"), _watched("call_wait")
 
+    def _check_spaces(self):
+        """Nothing: all are made alike; and gymnasium would wait for ever for one that hangs."""
+
     def _end(self, error):
-        """Kill all workers, because of `error` -> which of them failed and how; "" if none has."""
-        cause, processes = "", getattr(self, "processes", [])
+        """End all workers, because of `error` -> which of them failed and how; "" if none has."""
+        causes, processes = [], getattr(self, "processes", [])
+        lost, late = (isinstance(error, kinds) for kinds in (
+            (EOFError, ConnectionError), multiprocessing.TimeoutError))
+        if lost:  # its pipe is closed: it is about to end
+            multiprocessing.connection.wait([process.sentinel for process in processes], 5)
         for index, process in enumerate(processes):
             who, pipe = f"environment worker {index}", self.parent_pipes[index]
-            if isinstance(error, (EOFError, ConnectionError)):
-                process.join(.2)  # its pipe is closed: it is about to end
-                if process.exitcode is not None:
-                    killed = " (killed: by lack of memory? then use fewer environments)"
-                    cause = (f"{who} died with exit code {process.exitcode}"
-                             f"{killed * (process.exitcode == -9)}")
-            elif isinstance(error, multiprocessing.TimeoutError):
-                if not pipe.poll():
-                    cause = f"{who} did not answer within {self.TIMEOUT} s"
+            if lost and process.exitcode is not None:
+                killed = " (killed: by lack of memory? then use fewer environments)"
+                causes.append(f"{who} died with exit code {process.exitcode}"
+                              f"{killed * (process.exitcode == -9)}")
+            elif late and not pipe.poll():
+                causes.append(f"{who} did not answer within {self.TIMEOUT} s")
             elif pipe is None:  # gymnasium's mark for a worker that sent an exception
-                cause = f"{who} failed with {type(error).__name__}: {error}"
-        for process in processes:
-            process.kill()  # terminate would wait for one that is stopped
-        self._state = AsyncState.DEFAULT  # or close would wait for an answer
+                causes.append(f"{who} failed with {error}")
         self.close(terminate=True)
-        return cause
+        return causes[0] if causes else "an environment worker is gone" if lost or late else ""
+
+    def close_extras(self, timeout=5, terminate=False):
+        """End the workers: ask them to, wait `timeout` seconds, kill those that are left.
+
+        A step may be pending and a worker dead; terminate: do not ask."""
+        end, processes = time.monotonic() + timeout, getattr(self, "processes", [])
+        pipes = [pipe for pipe in getattr(self, "parent_pipes", []) if pipe and not pipe.closed]
+        for pipe in [] if terminate else pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(("close", None))
+        for process in processes:
+            process.join(0 if terminate else max(0, end - time.monotonic()))
+            process.kill()  # terminate would wait for one that is stopped
+            process.join()
+        for pipe in pipes:
+            pipe.close()
 
 
 class InProcess(SyncVectorEnv):
     """An environment in this process with the calls of Workers; step_wait does all the work."""
+
+    def reset(self, **options):
+        with _explained():
+            return super().reset(**options)
+
+    def step(self, actions):
+        with _explained():
+            return super().step(actions)
 
     def step_async(self, actions):
         self._pending = actions
@@ -869,7 +953,7 @@ def make_vec(name, n, **options):
     makers = [functools.partial(make_env, name, **options)] * n
     if n == 1:
         return InProcess(makers, autoreset_mode=AutoresetMode.DISABLED)
-    return Workers(makers, shared_memory=True, context="spawn",
+    return Workers(makers, shared_memory=True, context="spawn", worker=_worker,
                    autoreset_mode=AutoresetMode.DISABLED)
 
 
@@ -942,11 +1026,22 @@ def read_npz(file):
             wanted = STATE_KEYS if "qpos" in stored.files else ("image", "action")
             missing = [key for key in wanted if key not in stored.files]
             if not missing:
+                if stored.zip.testzip():  # numpy stops before the checksum if its own header lies
+                    raise ValueError("checksum")
                 return {key: stored[key] for key in wanted}
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile,
-            zlib.error) as error:
-        raise UserError(f"{file}: not a readable .npz file without pickles ({error})") from error
+    except Exception as error:  # of as many kinds as a file can be damaged
+        text = " ".join(str(error).split())
+        raise UserError(f"{file}: not a readable .npz file without pickles ({text})") from error
     raise UserError(f"{file}: has no {' and no '.join(missing)}: expected {', '.join(wanted)}")
+
+
+def read_episode(file, steps, action_dim):
+    """An episode of `steps` steps that a run has stored -> image, action; UserError if damaged."""
+    arrays = read_npz(file)
+    image, action = arrays["image"], arrays["action"]
+    _expect(image.dtype == np.uint8 and image.shape == (steps + 1, IMAGE, IMAGE, 3), file,
+            f"image is {image.dtype} {image.shape}: expected uint8 {(steps + 1, IMAGE, IMAGE, 3)}")
+    return {"image": image, "action": _checked_actions(file, action, (steps + 1, action_dim))}
 
 
 def _checked_actions(file, action, shape):
@@ -1034,22 +1129,34 @@ def outcome(info):
     return {name: np.asarray(info[key], np.float64) for key, name in names.items() if key in info}
 
 
-def lock(file):
-    """Keep other processes from the run that this open file belongs to, until this one ends."""
+def open_log(path):
+    """Open a run's log for appending, and lock it: a run has one writer. UserError if another
+    process holds it."""
+    file = open(path, "a")
     with contextlib.suppress(ImportError, OSError):  # Windows; file systems without locks
         import fcntl
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{file.name} is being written by another process: end that one, or "
-                            "give another --logdir") from None
+            raise UserError(f"{path} is being written by another process: end that one, or give "
+                            "another --logdir") from None
+    return file
+
+
+def cut(file, size):
+    """Shorten an open log to `size` bytes, a whole number of lines; one that has lost more than
+    that (the power failed) to its last whole line, with a remark."""
+    data = Path(file.name).read_bytes()[:size]
+    if len(data) < size:
+        _say(f"{file.name} has lost its last lines; going on without them")
+    file.seek(file.truncate(data.rfind(b"\n") + 1))
 
 
 def save_atomically(path, write, old=None):
     """write(file) into a temporary file beside `path`, sync it to the disk, then rename.
 
-    old: what the file that it replaces is called from then on. An OSError names `path`, and leaves
-    all files as they were."""
+    old: what the file that it replaces is called from then on. An OSError names `path`; what was
+    there is then still there, under one of its two names."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:

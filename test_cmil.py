@@ -16,6 +16,7 @@ import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -2277,7 +2278,8 @@ def test_no_readable_checkpoint(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train(tmp_path)
     line = one_error_line(capsys)
-    assert stop.value.code == 2 and len(checkpoints) == 2 and all(str(p) in line for p in checkpoints)
+    assert stop.value.code == 2 and len(checkpoints) == 2
+    assert all(str(path) in line for path in checkpoints)
     assert metrics(tmp_path) == before and sorted(tmp_path.glob("checkpoint*.pt")) == checkpoints
 
 
@@ -2326,17 +2328,41 @@ def test_disk_full(what, uninterrupted, tmp_path, capsys, monkeypatch):
 
 
 FLAKY = """
-import os, signal, time
+import multiprocessing, os, signal, threading, time
 import gymnasium as gym, numpy as np
 
+def strike(how):
+    # Fail in this way; with MARK, once: a file remembers it.
+    if os.environ["MARK"]:
+        try:
+            os.close(os.open(os.environ["MARK"] + how.replace(" ", "-"), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return
+    if how == "exit":
+        raise SystemExit(3)
+    if "exception" in how:
+        raise RuntimeError("the motor is 100% hot,", "put it out")
+    if how == "unpicklable":
+        raise ValueError("it holds a lock", threading.Lock())
+    if how == "interrupt":
+        raise KeyboardInterrupt
+    os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    time.sleep(1)
+
 class Flaky(gym.Env):
-    # A dot that actions move. Step FAIL_AT of a process fails, unless the file MARK is there.
+    # A dot that actions move. What HOW lists happens in step FAIL_AT of a process or at its start.
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
     observation_space = action_space = gym.spaces.Box(-1., 1., (1,))
     steps = 0
 
     def __init__(self, render_mode=None):
         self.render_mode = render_mode
+        if multiprocessing.current_process().daemon and int(os.environ["FAIL_AT"]) >= 0:
+            first, *later = os.environ["HOW"].split(", ")
+            if not later or os.path.exists(os.environ["MARK"] + first):
+                for how in later or [first]:
+                    if how.startswith("start"):
+                        strike(how)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -2346,19 +2372,7 @@ class Flaky(gym.Env):
     def step(self, action):
         self.steps += 1
         if self.steps == int(os.environ["FAIL_AT"]):
-            try:
-                if os.environ["MARK"]:
-                    os.close(os.open(os.environ["MARK"], os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                pass
-            else:
-                how = os.environ["HOW"]
-                if how == "exception":
-                    raise RuntimeError("the motor is 100% hot")
-                if how == "exit":
-                    os._exit(3)
-                os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
-                time.sleep(1)
+            strike(os.environ["HOW"].split(", ")[0])
         self.x = float(np.clip(self.x + .2 * action[0], -1, 1))
         return np.zeros(1, np.float32), 0., False, False, {"success": self.x > .5}
 
@@ -2379,39 +2393,97 @@ def flaky(tmp_path, monkeypatch):
     action = np.zeros((13, 1), np.float32)
     np.savez(tmp_path / "demo.npz", image=np.zeros((13, 64, 64, 3), np.uint8), action=action)
 
-    def run(folder, how="killed", at=0, once=True):
+    def run(folder, how="killed", at=-1, once=True, **changes):
         for name, value in {"HOW": how, "FAIL_AT": str(at), "MARK": str(
-                tmp_path / f"mark-{folder}") if once else ""}.items():
+                tmp_path / f"mark-{folder}-") if once else ""}.items():
             monkeypatch.setenv(name, value)
-        return train(tmp_path / folder, env="flaky_env:Flaky-v0", demos=str(tmp_path / "demo.npz"),
-                     num_demos=1, num_envs=2, steps=72, seed_steps=24, eval_every=36, train_ratio=.3,
-                     log_every=3)
+        return train(tmp_path / folder, **{**dict(
+            env="flaky_env:Flaky-v0", demos=str(tmp_path / "demo.npz"), num_demos=1, num_envs=2,
+            steps=72, seed_steps=24, eval_every=36, train_ratio=.3, log_every=3), **changes})
     return run
 
 
+def remarks(capsys):
+    """The lines of stderr that are not about demonstrations or presets."""
+    return [line for line in capsys.readouterr().err.splitlines()
+            if not line.startswith(("envs: ", "preset "))]
+
+
 @pytest.mark.parametrize("how, at, named", [
-    ("killed", 29, "died with exit code -9"), ("killed", 5, "died with exit code -9"),
-    ("exit", 29, "died with exit code 3"), ("exception", 30, "failed with RuntimeError: the motor is 100% hot"),
-    ("hangs", 31, "did not answer within 3 s")])
-def test_a_worker_that_fails_is_replaced(how, at, named, flaky, capsys, monkeypatch):
-    """In a round (steps 13-36 of a worker) or an evaluation (1-12, 37-48): one line names it, and
-    the run ends as one without the failure, bit for bit."""
-    monkeypatch.setattr(envs.Workers, "TIMEOUT", 3)
+    ("killed", 29, ["died with exit code -9"]), ("killed", 5, ["died with exit code -9"]),
+    ("exit", 29, ["died with exit code 3"]),
+    ("exception", 30, ["failed with RuntimeError: ('the motor is 100% hot,', 'put it out')"]),
+    ("unpicklable", 31, ["failed with ValueError: ('it holds a lock"]),
+    ("interrupt", 32, ["failed with KeyboardInterrupt"]),
+    ("hangs", 31, ["did not answer within 12 s"]),
+    ("killed, start exception", 29, ["died with exit code -9", "died with exit code 1"]),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_a_worker_that_fails_is_replaced(how, at, named, flaky, capfd, monkeypatch):
+    """In a round (steps 13-36 of a worker), an evaluation (1-12, 37-48) or when it is made anew:
+    one line names it, and the run ends as one without the failure, bit for bit."""
+    monkeypatch.setattr(envs.Workers, "TIMEOUT", 12)
     expected = flaky("calm")
-    capsys.readouterr()
+    capfd.readouterr()
     state, lines = flaky("struck", how, at)
-    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("envs: ")]
-    assert len(said) == 1 and re.search(f"worker [01] {re.escape(named)}.*new workers", said[0]), said
+    said = remarks(capfd)
+    assert len(said) == len(named), said
+    for line, words in zip(said, named):
+        assert re.search(f"worker [01] {re.escape(words)}.*new workers", line)
     assert lines == expected[1] and same(state, expected[0])
 
 
-def test_workers_that_always_fail_end_the_run(flaky, capsys, tmp_path):
+def test_workers_that_always_fail_end_the_run(flaky, capfd, tmp_path):
     """New workers three times, then a stop with the reason; the checkpoint is good."""
     with pytest.raises(envs.WorkerDied, match="exit code -9"):
         flaky("struck", at=5, once=False)
-    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("envs: ")]
+    said = remarks(capfd)
     assert len(said) == 3 and all("making new workers" in line for line in said)
     assert torch.load(tmp_path / "struck" / "checkpoint.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("how", ["start exception", "start hangs"])
+def test_workers_that_do_not_start(how, flaky, capfd, monkeypatch, tmp_path):
+    """One line, no run folder, no process left behind, and no waiting for ever."""
+    monkeypatch.setattr(envs.Workers, "TIMEOUT", 12)
+    with pytest.raises(envs.WorkerDied, match="died with exit code 1|did not answer"):
+        flaky("struck", how, 0, once=False)
+    assert not remarks(capfd) and not (tmp_path / "struck").exists()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("error, named", [
+    (OSError(28, "No space left on device"), "No space left"),
+    (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to\nallocate"), "smaller --batch"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+     "smaller --batch"), (None, "loss had non-finite gradients in the last 3 updates, at step 2")])
+def test_the_learner_fails_while_workers_step(error, named, flaky, capfd, monkeypatch, tmp_path):
+    """In mid-round, with a step pending in two processes: one line, exit code 2, none left behind;
+    afterwards the run ends as one without the failure."""
+    expected = flaky("calm")
+    reward = cmil.imitation_reward
+
+    def fail(*args):
+        if error:
+            raise error
+        return reward(*args) * math.nan
+    monkeypatch.setattr(cmil, "imitation_reward", fail)
+    train_ = train
+
+    def main(folder, **changes):
+        try:
+            cmil.Trainer(run_config(folder, **changes)).run()
+        except Exception as error:
+            cmil.die(envs.trouble(error))
+    monkeypatch.setitem(globals(), "train", main)
+    with pytest.raises(SystemExit) as stop:
+        flaky("struck")
+    line, = remarks(capfd)
+    assert stop.value.code == 2 and named in line
+    assert not multiprocessing.active_children()
+    monkeypatch.setitem(globals(), "train", train_)
+    monkeypatch.setattr(cmil, "imitation_reward", reward)
+    state, lines = flaky("struck")
+    assert lines == expected[1] and same(state, expected[0])
 
 
 def test_one_run_has_one_writer(tmp_path, capsys):
@@ -2426,18 +2498,100 @@ def test_one_run_has_one_writer(tmp_path, capsys):
     train(tmp_path)                                      # the lock went with its owner
 
 
-@pytest.mark.parametrize("error, named", [
-    (PermissionError(13, "Permission denied", "/a/run"), "/a/run: Permission denied"),
-    (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to\nallocate"), "smaller --batch")])
-def test_machine_trouble_gets_one_line(error, named, tmp_path, capsys, monkeypatch):
-    """A folder that cannot be written, a GPU without memory: one line with the remedy."""
-    def fail(*args):
-        raise error
-    monkeypatch.setattr(cmil.Agent, "clone_step", fail)
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="only root can be another")
+def test_a_folder_of_another_user(tmp_path, capsys, monkeypatch):
+    """--logdir below a folder that may not be written: one line, exit code 2."""
+    def mkdir(real, *args, **options):
+        os.seteuid(65534)
+        try:
+            real(*args, **options)
+        finally:
+            os.seteuid(0)
+    calls_of(monkeypatch, Path, "mkdir", mkdir)
     with pytest.raises(SystemExit) as stop:
         cmil.main(["--env", "point", "--preset", "debug", "--num-envs", "1", "--device", "cpu",
-                   "--logdir", str(tmp_path)])
-    assert stop.value.code == 2 and named in one_error_line(capsys)
+                   "--logdir", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert f"{tmp_path / 'run'}" in (line := one_error_line(capsys)) and "Permission denied" in line
+
+
+@pytest.mark.parametrize("flag", ["--deter 1000000", "--units 10000000", "--batch " + str(2**60),
+                                  "--members 1000000000", "--stoch 1000000000"])
+def test_sizes_beyond_all_memory(flag, tmp_path, capsys):
+    """One line that says so, exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        cmil.main(["--env", "point", "--preset", "debug", "--num-envs", "1", "--device", "cpu",
+                   "--logdir", str(tmp_path / "run"), *flag.split()])
+    assert stop.value.code == 2 and "out of memory" in one_error_line(capsys)
+
+
+def test_mistakes_of_the_code_keep_their_traceback():
+    """trouble() explains what a user can mend, and nothing else."""
+    for error in (TypeError("x"), RuntimeError("an illegal memory access was encountered")):
+        with pytest.raises(type(error)):
+            envs.trouble(error)
+    assert "interrupted" in envs.trouble(KeyboardInterrupt())
+
+
+@pytest.mark.parametrize("damage", ["rows", "floats", "NaN", "text", "flipped", "missing"])
+def test_resume_with_a_damaged_episode(damage, tmp_path, capsys):
+    """One line that names the file; nothing is changed."""
+    train(tmp_path, 30)
+    file = tmp_path / "episodes" / "r000001-w0.npz"
+    whole, before = file.read_bytes(), metrics(tmp_path)
+    arrays = dict(np.load(file))
+    arrays.update({"rows": {k: v[:20] for k, v in arrays.items()}, "text": {"action": arrays[
+        "action"].astype("U4")}, "floats": {"image": arrays["image"] / np.float32(255)},
+        "NaN": {"action": arrays["action"] * np.float32(np.nan)}}.get(damage, {}))
+    np.savez(file, **arrays)
+    if damage == "flipped":
+        file.write_bytes(flip(whole, len(whole) // 2))
+    elif damage == "missing":
+        file.unlink()
+    with pytest.raises(SystemExit) as stop:
+        cmil.main(finished((tmp_path,)))
+    assert stop.value.code == 2 and str(file) in one_error_line(capsys)
+    file.write_bytes(whole)
+    copy = shutil.copytree(tmp_path, tmp_path.with_name(tmp_path.name + "-copy"))  # not locked
+    assert train(copy)[1][:len(before)] == before
+
+
+def test_metrics_that_have_lost_their_end(uninterrupted, tmp_path, capsys):
+    """After a power failure the log may be shorter than the checkpoint says: whole lines stay."""
+    train(tmp_path, 30)
+    file = tmp_path / "metrics.jsonl"
+    lines = len(metrics(tmp_path))
+    file.write_bytes(file.read_bytes()[:-40])
+    capsys.readouterr()
+    state, left = train(tmp_path)
+    assert "has lost its last lines" in capsys.readouterr().err
+    assert left == uninterrupted[2][:lines - 1] + uninterrupted[2][lines:]
+    assert same(state, uninterrupted[1])
+
+
+def test_resume_without_its_config(tmp_path, capsys):
+    """A checkpoint whose config.json is gone is not taken for a run with today's flags."""
+    train(tmp_path, 7)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(SystemExit) as stop:
+        cmil.main(finished((tmp_path,), "--alpha", "3"))
+    assert stop.value.code == 2 and "config.json is missing" in one_error_line(capsys)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("device", "tpu"), ("deter", "16"), ("tasks", 5), ("algo", "zzz"), ("batch", None),
+    ("preset", "zzz"), ("gamma", "0.9"), ("offline", 1), ("length", 0)])
+def test_values_of_a_damaged_config(field, value, uninterrupted, tmp_path, capsys):
+    """A field of config.json with an impossible value: one line that names it."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], run)
+    stored = json.loads((run / "config.json").read_text())
+    stored["config"][field] = value
+    (run / "config.json").write_text(json.dumps(stored))
+    for words in (["--eval", str(run)], ["--env", "point", "--logdir", str(run)]):
+        with pytest.raises(SystemExit) as stop:
+            cmil.main(words)
+        assert stop.value.code == 2 and field in one_error_line(capsys)
 
 
 @pytest.mark.parametrize("given, named", [
@@ -3128,6 +3282,30 @@ def test_drift_draws_what_it_logs(monkeypatch, tmp_path):
     assert x == [0, 100, 200]
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux counts them")
+def test_soak_counts_what_a_run_holds(tmp_path):
+    """Lines of a run with its workers; growth by a straight line; a run that fails at once."""
+    soak = script("soak")
+    lines = [{"seconds": 36 * i, "memory_mb": 1000 + i + (i < 10) * 500, "handles": 40,
+              "processes": 3} for i in range(110)]
+    found = soak.growth(lines, 360)
+    assert found["hours"] == .99 and found["lines"] == 100 and found["handles"]["an_hour"] == 0
+    assert abs(found["memory_mb"]["an_hour"] - 100) < .1 and found["memory_mb"]["most"] == 1109
+    assert found["memory_mb"]["first"] == 1022 and found["memory_mb"]["last"] == 1097
+    words = ["--env", "point", "--preset", "debug", "--pretrain", 40, "--steps", 100, "--device",
+             "cpu", "--threads", 1, "--logdir", tmp_path / "run"]
+    for flags, code in ((words, 0), (["--env", "nowhere"], 2)):
+        answer = subprocess.run(
+            [sys.executable, HERE / "results" / "soak.py", "--out", tmp_path / "x.jsonl", "--every",
+             ".1", "--warm-up", "0", "--", *map(str, flags)], capture_output=True, text=True)
+        last = json.loads(answer.stdout.splitlines()[-1])
+        assert last["exit"] == code, answer.stderr
+        logged = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+        assert all(line["memory_mb"] > 5 and line["handles"] > 2 for line in logged)
+        if code == 0:
+            assert max(line["processes"] for line in logged) >= 3   # two workers
+
+
 # ------------------------------------------------------------------------------------ point
 
 
@@ -3726,9 +3904,10 @@ def test_fuzzed_kitchen_demos(tmp_path, kitchen, monkeypatch):
         array = demos[key]
         spoilt, value = array.copy(), rng.choice([np.nan, np.inf, -np.inf])
         spoilt.flat[rng.integers(array.size)] = value
-        mistakes = {"missing": None, "rows": array[:, :3], "no episodes": array[:0], "number": spoilt,
-                    "one episode": array[0], "turned": array.swapaxes(1, 2), "pickle": array.astype(
-                        object), "kind": array.astype(rng.choice(["int16", "U4", "complex64"]))}
+        mistakes = {"missing": None, "rows": array[:, :3], "no episodes": array[:0],
+                    "number": spoilt, "one episode": array[0], "turned": array.swapaxes(1, 2),
+                    "pickle": array.astype(object),
+                    "kind": array.astype(rng.choice(["int16", "U4", "complex64"]))}
         demos[key] = mistakes[str(rng.choice(list(mistakes)))]
         np.savez(file, **{k: v for k, v in demos.items() if v is not None})
         with pytest.raises(envs.UserError) as error:

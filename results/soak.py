@@ -26,7 +26,7 @@ def family(pid):
 
 
 def usage(pid):
-    """Memory and file handles of a process and its descendants, now; {} once it has ended."""
+    """Memory and file handles of a process and its descendants, now. OSError if one has ended."""
     memory, handles, processes = 0, 0, 0
     for one in family(pid):
         folder = pathlib.Path("/proc") / str(one)
@@ -38,8 +38,10 @@ def usage(pid):
 
 
 def growth(lines, warm_up):
-    """Lines of usage -> what they say of the time after warm_up seconds."""
+    """Lines of usage -> what they say of the time after warm_up seconds; {} if it never came."""
     lines = [line for line in lines if line["seconds"] >= warm_up]
+    if len(lines) < 2:
+        return {}
     hours = np.array([line["seconds"] for line in lines]) / 3600
     summary = {"hours": round(float(hours[-1] - hours[0]), 2), "lines": len(lines)}
     for key in ("memory_mb", "handles", "processes"):
@@ -58,9 +60,9 @@ def main():
     parser.add_argument("--warm-up", type=float, default=900, help="seconds left out (900)")
     parser.add_argument("flags", nargs="*", help="behind --: flags of cmil.py")
     args = parser.parse_args()
-    began, lines = time.time(), []
-    run = subprocess.Popen([sys.executable, HERE / "cmil.py", *args.flags])
+    lines = []
     with open(args.out, "w") as file:
+        began, run = time.time(), subprocess.Popen([sys.executable, HERE / "cmil.py", *args.flags])
         while run.poll() is None:
             try:
                 lines.append({"seconds": round(time.time() - began, 1), **usage(run.pid)})
