@@ -887,7 +887,8 @@ class Workers(AsyncVectorEnv):
     call_async, call_wait = _watched("call_async"), _watched("call_wait")
 
     def _check_spaces(self):
-        """Nothing: all are made alike; and gymnasium would wait for ever for one that hangs."""
+        """Wait until all have started; gymnasium's own check has no timeout."""
+        self.call("episode_steps")
 
     def _end(self, error):
         """End all workers, because of `error` -> which of them failed and how; "" if none has."""

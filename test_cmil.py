@@ -2455,7 +2455,7 @@ def test_workers_that_do_not_start(how, flaky, capfd, monkeypatch, tmp_path):
     (OSError(28, "No space left on device"), "No space left"),
     (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to\nallocate"), "smaller --batch"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
-     "smaller --batch"), (None, "loss had non-finite gradients in the last 3 updates, at step 2")])
+     "smaller --batch"), (None, "loss had non-finite gradients in the last 3 updates, at step 3")])
 def test_the_learner_fails_while_workers_step(error, named, flaky, capfd, monkeypatch, tmp_path):
     """In mid-round, with a step pending in two processes: one line, exit code 2, none left behind;
     afterwards the run ends as one without the failure."""
@@ -3301,9 +3301,9 @@ def test_soak_counts_what_a_run_holds(tmp_path):
         last = json.loads(answer.stdout.splitlines()[-1])
         assert last["exit"] == code, answer.stderr
         logged = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
-        assert all(line["memory_mb"] > 5 and line["handles"] > 2 for line in logged)
-        if code == 0:
-            assert max(line["processes"] for line in logged) >= 3   # two workers
+        if code == 0:                                    # with two workers, each a Python
+            most = {key: max(line[key] for line in logged) for key in logged[0]}
+            assert most["processes"] >= 3 and most["memory_mb"] > 100 and most["handles"] > 20
 
 
 # ------------------------------------------------------------------------------------ point
