@@ -1905,13 +1905,6 @@ def test_evaluations_act_as_they_are_told(flag, sample, uninterrupted, monkeypat
     assert acted == [sample] * 50 and "success" in json.loads(capsys.readouterr().out)
 
 
-def test_the_kitchen_is_evaluated_with_samples(tmp_path):
-    for preset in ("paper", "small"):
-        for env, sample in (("kitchen", True), ("point", False)):
-            c = cmil.make_config({"env": env, "preset": preset, "logdir": str(tmp_path / "run")})
-            assert c.eval_sample == sample
-
-
 def test_gif(tmp_path):
     """save_gif writes all frames, enlarged, readable by imageio."""
     import imageio.v3 as iio
@@ -2110,10 +2103,9 @@ def test_stops_after_non_finite_gradients(tmp_path, capsys, monkeypatch):
 def test_minutes(where, tmp_path, capsys):
     """--minutes ends a run in whatever phase it is, cleanly, and it can be resumed."""
     changes = dict(pretrain=10 ** 6) if where == "pretraining" else dict(
-        pretrain=0, steps=10 ** 6, seed_steps=10 ** 6)
+        pretrain=0, steps=30_000, seed_steps=30_000)
     c = run_config(tmp_path, minutes=.02, **changes)
-    began = time.time()
-    trainer = cmil.Trainer(c)
+    trainer, began = cmil.Trainer(c), time.time()
     give_up_after(trainer, 6)
     assert not trainer.run() and time.time() - began < 5
     assert "--minutes 0.02" in capsys.readouterr().out
@@ -2415,13 +2407,13 @@ def remarks(capsys):
     ("exception", 30, ["failed with RuntimeError: ('the motor is 100% hot,', 'put it out')"]),
     ("unpicklable", 31, ["failed with ValueError: ('it holds a lock"]),
     ("interrupt", 32, ["failed with KeyboardInterrupt"]),
-    ("hangs", 31, ["did not answer within 12 s"]),
+    ("hangs", 31, ["did not answer within 20 s"]),
     ("killed, start exception", 29, ["died with exit code -9", "died with exit code 1"]),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_worker_that_fails_is_replaced(how, at, named, flaky, capfd, monkeypatch):
     """In a round (steps 13-36 of a worker), an evaluation (1-12, 37-48) or when it is made anew:
     one line names it, and the run ends as one without the failure, bit for bit."""
-    monkeypatch.setattr(envs.Workers, "TIMEOUT", 12)
+    monkeypatch.setattr(envs.Workers, "TIMEOUT", 20 if how == "hangs" else 300)
     expected = flaky("calm")
     capfd.readouterr()
     state, lines = flaky("struck", how, at)
@@ -2444,7 +2436,7 @@ def test_workers_that_always_fail_end_the_run(flaky, capfd, tmp_path):
 @pytest.mark.parametrize("how", ["start exception", "start hangs"])
 def test_workers_that_do_not_start(how, flaky, capfd, monkeypatch, tmp_path):
     """One line, no run folder, no process left behind, and no waiting for ever."""
-    monkeypatch.setattr(envs.Workers, "TIMEOUT", 12)
+    monkeypatch.setattr(envs.Workers, "TIMEOUT", 20)
     with pytest.raises(envs.WorkerDied, match="died with exit code 1|did not answer"):
         flaky("struck", how, 0, once=False)
     assert not remarks(capfd) and not (tmp_path / "struck").exists()
