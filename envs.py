@@ -896,7 +896,9 @@ class Workers(AsyncVectorEnv):
         lost, late = (isinstance(error, kinds) for kinds in (
             (EOFError, ConnectionError), multiprocessing.TimeoutError))
         if lost:  # its pipe is closed: it is about to end
-            multiprocessing.connection.wait([process.sentinel for process in processes], 5)
+            ended = multiprocessing.connection.wait([p.sentinel for p in processes], 5)
+            for process in processes:
+                process.join(5 if process.sentinel in ended else 0)
         for index, process in enumerate(processes):
             who, pipe = f"environment worker {index}", self.parent_pipes[index]
             if lost and process.exitcode is not None:
