@@ -1244,7 +1244,7 @@ class Trainer:
             self.replay.add(demo["image"], demo["action"], demo=True)
 
         self.update = self.agent.clone_update if c.reward == "none" else self.agent.update
-        self.round, self.evaluated = 0, False
+        self.round, self.evaluated = 0, False  # evaluated: no evaluation is due
         for folder in ("episodes", "videos"):
             (self.dir / folder).mkdir(parents=True, exist_ok=True)
         self.metrics = envs.open_log(self.dir / "metrics.jsonl")
