@@ -1,6 +1,6 @@
 """Tests of cmil.py and envs.py, in the order of cmil.py; the environments and whole runs follow.
 
-    pytest -q                 everything but the slow ones: about three minutes on two CPU cores
+    pytest -q                 everything but the slow ones: seven minutes on two busy CPU cores
     pytest -q -m stress       the slow ones: learning must improve, all demos re-simulated
     pytest -q -k "not kitchen"
 
@@ -1905,6 +1905,13 @@ def test_evaluations_act_as_they_are_told(flag, sample, uninterrupted, monkeypat
     assert acted == [sample] * 50 and "success" in json.loads(capsys.readouterr().out)
 
 
+def test_all_environments_are_evaluated_with_modes(tmp_path):
+    for preset in ("paper", "small"):
+        for env in ("kitchen", "baoding", "point"):
+            c = cmil.make_config({"env": env, "preset": preset, "logdir": str(tmp_path / "run")})
+            assert c.eval_sample is False
+
+
 def test_gif(tmp_path):
     """save_gif writes all frames, enlarged, readable by imageio."""
     import imageio.v3 as iio
@@ -2105,7 +2112,8 @@ def test_minutes(where, tmp_path, capsys):
     changes = dict(pretrain=10 ** 6) if where == "pretraining" else dict(
         pretrain=0, steps=30_000, seed_steps=30_000)
     c = run_config(tmp_path, minutes=.02, **changes)
-    trainer, began = cmil.Trainer(c), time.time()
+    began = time.time()
+    trainer = cmil.Trainer(c)
     give_up_after(trainer, 6)
     assert not trainer.run() and time.time() - began < 5
     assert "--minutes 0.02" in capsys.readouterr().out

@@ -129,8 +129,7 @@ if __name__ == "__main__":
         *folders, picture = sys.argv[2:]
         sys.exit(draw(folders, picture))
     explicit, _ = cmil.parse(sys.argv[1:])
-    import envs
     try:
         Watched(cmil.make_config(explicit)).run()
-    except envs.UserError as error:
-        cmil.die(error)
+    except (Exception, KeyboardInterrupt) as error:
+        cmil.die(cmil.envs.trouble(error))
