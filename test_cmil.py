@@ -3193,6 +3193,38 @@ def test_sweep_runs_each_variant_once(monkeypatch, capsys, tmp_path):
     assert row["training_tasks_until_16"] == (2 + 3 + 4) / 3 and row["training_tasks"] == 5
 
 
+def test_sweep_does_not_evaluate_what_was_stopped(monkeypatch, tmp_path):
+    """A run that a signal stops is no result: the sweep ends, and the same command takes it up."""
+    sweep, calls = script("sweep"), []
+
+    def run(command, **_):
+        calls.append(Path(command[1]).name)
+        raise sweep.subprocess.CalledProcessError(1, command)
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    argv = ["sweep.py", "--out", str(tmp_path), "--jobs", "1", "--variants", "", "--sigma 0.5",
+            "--", "--env", "point"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        sweep.main()
+    assert set(calls) == {"drift.py"} and not list(tmp_path.rglob("eval*.json"))
+    monkeypatch.setattr(sys, "argv", [*argv, "--seed-steps", "50"])
+    with pytest.raises(SystemExit, match="base-s0 was made with --env point; give another --out"):
+        sweep.main()
+
+
+def test_a_signal_shows_in_the_exit_code_of_drift(tmp_path):
+    """cmil.py ends with 0; a script that goes on to evaluate must know the difference."""
+    run = subprocess.Popen(
+        [sys.executable, str(HERE / "results" / "drift.py"), "--env", "point", "--preset", "debug",
+         "--steps", "100000", "--device", "cpu", "--threads", "1", "--logdir", str(tmp_path / "r")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "step 0, update 0" in "".join(run.stdout.readline() for _ in range(4))
+    time.sleep(0.5)
+    run.send_signal(signal.SIGINT)
+    out, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and "the same command resumes" in out and "Traceback" not in errors
+
+
 def test_sight_reads_what_is_there(monkeypatch):
     """The ridge regression finds a linear map; what feat does not hold stays unknown."""
     sight, rng = script("sight"), np.random.default_rng(0)
@@ -3220,6 +3252,24 @@ def test_sight_reads_what_is_there(monkeypatch):
     images, actions = drawn[0::2][:2], drawn[1::2][:2]
     assert all((image == -.5).float().mean() > .5 for image in images)
     assert all(len(action[1:].flatten(0, 1).unique(dim=0)) > 4 for action in actions)
+
+
+def test_sight_of_finished_runs(monkeypatch, capsys, tmp_path):
+    """A run's last checkpoint, and what a clock would know; a share of 1 is the mean's error."""
+    sight = script("sight")
+    truth = np.random.default_rng(0).normal(size=(50, 2, 30)) * np.arange(1, 31)
+    ones = sight.shares(truth.mean((0, 1)) - truth, truth)
+    assert [ones[part] for part in ("light", "slide", "microwave", "kettle")] == [1, 1, 1, 1]
+    c = cmil.make_config(dict(
+        env="kitchen", preset="debug", algo="dbc", device="cpu", logdir=str(tmp_path), steps=20,
+        episode_steps=20, num_envs=1, pretrain=2, eval_episodes=1))
+    assert cmil.Trainer(c).run()
+    monkeypatch.setattr(sys, "argv", ["sight.py", "--runs", str(tmp_path), "--fresh",
+                                      str(HERE / "demos" / "kitchen.npz")])
+    sight.main()
+    clock, found = map(json.loads, capsys.readouterr().out.splitlines()[-2:])
+    assert clock["run"] == "clock" and 0 < clock["arm"] < 0.5
+    assert found["update"] > 0 and all(np.isfinite(found[key]) for key in (*sight.PARTS, "bc"))
 
 
 def test_drift_takes_the_actors_loss_apart():

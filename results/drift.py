@@ -5,7 +5,8 @@
 The run is the one that cmil.py makes (its random numbers are left alone); metrics.jsonl has more:
 
     watch/logit_expert, _replay, _dream        the discriminator's logit (no noise) on pairs of the
-                                               demonstrations, of the replay, and imagined from it
+                                               demonstrations, of the replay (they are part of it,
+                                               as in training), and imagined from there
     watch/logit_..._std                        its spread over the pairs
     watch/u_expert, u_replay                   disagreement [P9] one step ahead, along real actions
     watch/u_dream                              and along the policy's
@@ -14,7 +15,7 @@ The run is the one that cmil.py makes (its random numbers are left alone); metri
 
     python results/drift.py --draw RUN [RUN ...] OUT.png
 
-draws all that over the updates, a column for each run.
+draws all that over the updates, a column for each run. Exit code 1: a signal has stopped the run.
 """
 import json
 import pathlib
@@ -32,7 +33,7 @@ def actor_terms(agent, dream):
     c, zero = agent.c, torch.zeros_like(dream.disagreement)
     s, a = cmil.state_action_pairs(dream.feat, dream.action)
     value = cmil.state_values(agent.critics, dream)                         # (H+1, N)
-    reward = cmil.imitation_reward(agent.disc, s, a, c)                     # (H, N)
+    reward = cmil.imitation_reward(agent.disc, s, a, c, c.sigma if c.reward_noise else 0.0)
     penalty, no_value = -c.alpha * dream.disagreement, torch.zeros_like(value)
     weight = cmil.discounts(c.gamma, zero) if c.actor_discount else 1.0
 
@@ -116,8 +117,9 @@ def draw(runs, out):
             axis.set_yscale("log" if title in LOGARITHMIC else "linear")
             axis.set_title(title, fontsize=8)
             axis.grid(alpha=.3)
-            if column == 0:
-                axis.legend(fontsize=6, loc="upper left")
+            axis.xaxis.set_major_locator(plt.MaxNLocator(4))
+            if column == len(runs) - 1:
+                axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
         axes[0, column].set_title(f"{pathlib.Path(run).name}\ntasks an episode", fontsize=8)
         axes[-1, column].set_xlabel("update")
     figure.savefig(out, dpi=110)
@@ -130,6 +132,8 @@ if __name__ == "__main__":
         sys.exit(draw(folders, picture))
     explicit, _ = cmil.parse(sys.argv[1:])
     try:
-        Watched(cmil.make_config(explicit)).run()
+        run = Watched(cmil.make_config(explicit))
+        run.run()
+        sys.exit(run.stop.startswith("SIG"))
     except (Exception, KeyboardInterrupt) as error:
         cmil.die(cmil.envs.trouble(error))

@@ -1,13 +1,17 @@
-"""What the latent state knows of the scene: learn a run's start, then read the scene from feat.
+"""What the latent state knows of the scene: filter episodes, then read the scene from feat.
 
     python results/sight.py --variants "" "--free-nats 3" "--conv-depth 16" [any flag of cmil.py]
+    python results/sight.py --runs RUN [RUN ...] --fresh FILE.npz
 
 For each variant: `--updates` updates of the start (world model and cloning) on all demonstrations
-but the last two, then a ridge regression from feat to the simulator's positions. One JSON line
-each, measured on those last two, which nothing was fitted to: the error in the arm's joints (rad),
-the fingers (mm), each object's joint or the kettle's place as a share of its own spread (0: known,
-1: nothing known), the cloning loss, and the pictures' error where they move and where they do not.
-With --episodes RUN the world model learns from the episodes of that run too.
+but the last two, which are then held out. For each run: its last checkpoint; held out are the
+episodes of FILE, which the run has never seen (demos/make_kitchen.py --n 6 --seed 500 --out FILE).
+A ridge regression reads the simulator's positions from feat; it is fitted to the demonstrations.
+One JSON line each, measured on what is held out: the error in the arm's joints (rad), the fingers
+(mm), each object's joint or the kettle's place as a share of its own spread (0: known, 1: nothing
+known), the cloning loss, and the pictures' error where they move and where they do not. The first
+line is a clock's, which knows the step and nothing else. With --episodes RUN the world model of
+the variants learns from the episodes of that run too.
 """
 import argparse
 import json
@@ -26,6 +30,7 @@ import envs  # noqa: E402
 PARTS = {"arm": slice(0, 7), "fingers": slice(7, 9), "light": [17], "slide": [19],
          "microwave": [22], "kettle": slice(23, 26)}        # where qpos has them
 HELD_OUT = 2
+DEMOS = pathlib.Path(cmil.__file__).parent / "demos" / "kitchen.npz"
 
 
 def ridge(feat, target, strength=1.0):
@@ -61,7 +66,33 @@ def update(agent, replay):
     return agent.apply({"world": world_loss, "actor": bc_loss}, info)
 
 
+def shares(error, truth):
+    """Errors and truth (T+1, n, nq) -> dict of the parts' errors, in the units named above."""
+    rms = {part: float(np.sqrt(np.square(error[..., at]).mean())) for part, at in PARTS.items()}
+    for part in ("light", "slide", "microwave", "kettle"):
+        there = truth[..., PARTS[part]]
+        rms[part] /= float(np.sqrt(np.square(there - there.mean((0, 1))).mean()))
+    rms["fingers"] *= 1000
+    return {part: round(value, 4) for part, value in rms.items()}
+
+
+def scene(agent, fit, fit_qpos, held, held_qpos):
+    """What the agent's latents know of the held-out episodes, after reading the others -> dict."""
+    feat, *_ = look(agent, fit)
+    read = ridge(feat.flatten(0, 1).numpy(), fit_qpos.reshape(-1, fit_qpos.shape[-1]))
+    feat, image, action, predicted = look(agent, held)
+    error = read(feat.flatten(0, 1).numpy()).reshape(held_qpos.shape) - held_qpos
+    moves = (image - image.median(0).values).abs().amax(2, keepdim=True) > 0.1
+    squared = (predicted - image).square().mean(2, keepdim=True)
+    with torch.no_grad():
+        bc = float(cmil.clone_loss(agent.actor, feat, action))
+    return {**shares(error, held_qpos), "bc": round(bc, 3),
+            "rms_moving": round(float(squared[moves].mean().sqrt()), 4),
+            "rms_still": round(float(squared[~moves].mean().sqrt()), 4)}
+
+
 def measure(c, updates, demos, qpos, episodes):
+    """Train a variant's start, then see what it knows of the last two demonstrations -> dict."""
     device = cmil.setup_torch(c)
     torch.manual_seed(c.seed)
     actions = demos[0]["action"].shape[1]
@@ -75,23 +106,50 @@ def measure(c, updates, demos, qpos, episodes):
     for _ in range(updates):
         update(agent, replay) if episodes else agent.clone_update(replay)
     seconds = (time.perf_counter() - start) / updates
-    feat, *_ = look(agent, fit)
-    read = ridge(feat.flatten(0, 1).numpy(), qpos[:, :-HELD_OUT].reshape(-1, qpos.shape[-1]))
-    feat, image, action, predicted = look(agent, held)
-    truth = qpos[:, -HELD_OUT:].reshape(-1, qpos.shape[-1])
-    error = read(feat.flatten(0, 1).numpy()) - truth
-    rms = {part: float(np.sqrt(np.square(error[:, at]).mean())) for part, at in PARTS.items()}
-    for part in ("light", "slide", "microwave", "kettle"):
-        rms[part] /= float(truth[:, PARTS[part]].std(0).max())
-    rms["fingers"] *= 1000
-    moves = (image - image.median(0).values).abs().amax(2, keepdim=True) > 0.1
-    squared = (predicted - image).square().mean(2, keepdim=True)
-    with torch.no_grad():
-        bc = float(cmil.clone_loss(agent.actor, feat, action))
-    return {**{k: round(v, 4) for k, v in rms.items()}, "bc": round(bc, 3),
-            "rms_moving": round(float(squared[moves].mean().sqrt()), 4),
-            "rms_still": round(float(squared[~moves].mean().sqrt()), 4),
+    return {**scene(agent, fit, qpos[:, :-HELD_OUT], held, qpos[:, -HELD_OUT:]),
             "ms_per_update": round(1000 * seconds)}
+
+
+def positions(file, steps):
+    """The simulator's positions in a file of demonstrations -> (steps + 1, n, nq)"""
+    with np.load(file) as stored:
+        return stored["qpos"][:, :steps + 1].astype(np.float64).swapaxes(0, 1)
+
+
+def say(name, found):
+    print(json.dumps({**name, **found}), flush=True)
+
+
+def of_runs(runs, fresh):
+    """One line for each run, measured on the episodes in the file `fresh`."""
+    for i, run in enumerate(runs):
+        c, agent, vec, steps = cmil.load_agent(run, {"num_envs": 1, "device": "cpu"})
+        fit, held = (envs.load_demos(file, c.env, 0, vec, **cmil.env_options(c))
+                     for file in ("", fresh))
+        vec.close()
+        fit_qpos, held_qpos = (positions(file, steps) for file in (DEMOS, fresh))
+        if i == 0:
+            clock = fit_qpos.mean(1, keepdims=True) - held_qpos
+            say({"run": "clock"}, shares(clock, held_qpos))
+        say({"run": pathlib.Path(run).name, "update": agent.updates},
+            scene(agent, fit, fit_qpos, held, held_qpos))
+
+
+def of_variants(variants, flags, updates, run):
+    """One line for each variant's start; with `run`, learned from that run's episodes too."""
+    base = ["--env", "kitchen", "--preset", "small", "--algo", "dbc", "--logdir", "unused", *flags]
+    episodes = [envs.read_npz(file) for file in sorted(
+        pathlib.Path(run, "episodes").iterdir())] if run else []
+    demos = None
+    for variant in variants:
+        c = cmil.make_config(cmil.parse(base + shlex.split(variant))[0])
+        demos = demos or envs.load_demos("", "kitchen", **cmil.env_options(c))
+        qpos = positions(DEMOS, len(demos[0]["image"]) - 1)
+        if variant == variants[0]:
+            clock = qpos[:, :-HELD_OUT].mean(1, keepdims=True) - qpos[:, -HELD_OUT:]
+            say({"variant": "clock"}, shares(clock, qpos[:, -HELD_OUT:]))
+        say({"variant": variant, "updates": updates, "episodes": len(episodes)},
+            measure(c, updates, demos, qpos, episodes))
 
 
 def main():
@@ -99,19 +157,15 @@ def main():
     parser.add_argument("--variants", nargs="+", default=[""])
     parser.add_argument("--updates", type=int, default=1500)
     parser.add_argument("--episodes", metavar="RUN", help="learn from a run's episodes too")
+    parser.add_argument("--runs", metavar="RUN", nargs="+", help="runs of the kitchen")
+    parser.add_argument("--fresh", metavar="FILE.npz", help="with --runs: episodes to measure on")
     args, flags = parser.parse_known_args()
-    base = ["--env", "kitchen", "--preset", "small", "--algo", "dbc", "--logdir", "unused", *flags]
-    with np.load(pathlib.Path(cmil.__file__).parent / "demos" / "kitchen.npz") as stored:
-        qpos = stored["qpos"].astype(np.float64)
-    demos, episodes = None, []
-    for file in sorted(pathlib.Path(args.episodes, "episodes").iterdir()) if args.episodes else []:
-        episodes.append(envs.read_npz(file))
-    for variant in args.variants:
-        c = cmil.make_config(cmil.parse(base + shlex.split(variant))[0])
-        demos = demos or envs.load_demos("", "kitchen", **cmil.env_options(c))
-        rows = qpos[:, :len(demos[0]["image"])].swapaxes(0, 1)               # (T+1, demos, nq)
-        print(json.dumps({"variant": variant, "updates": args.updates, "episodes": len(episodes),
-                          **measure(c, args.updates, demos, rows, episodes)}), flush=True)
+    if args.runs and not args.fresh:
+        parser.error("--runs needs --fresh FILE.npz")
+    if args.runs:
+        of_runs(args.runs, args.fresh)
+    else:
+        of_variants(args.variants, flags, args.updates, args.episodes)
 
 
 if __name__ == "__main__":

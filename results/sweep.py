@@ -3,9 +3,9 @@
     python results/sweep.py --out runs/sweep --seeds 0 1 --variants "" "--sigma 0.5" "--alpha 1" \\
         -- --env kitchen --tasks microwave --threads 1 [any flag of cmil.py, for all of them]
 
-A variant is what it adds to the flags after --. Runs that are complete are not made again, an
-interrupted one goes on, so that the same command resumes a sweep; --table only prints. The tasks of
-training episodes, which act with samples, tell settings apart sooner than evaluations: their mean
+A variant is what it adds to the flags after --. Runs that have been evaluated are not made again,
+an interrupted one goes on, so that the same command resumes a sweep; --table only prints. The tasks
+of training episodes, which act with samples, tell settings apart sooner than evaluations: their mean
 over the last fifth of the rounds, and with --until N over the rounds that learned, up to update N.
 """
 import argparse
@@ -41,8 +41,13 @@ def train_and_evaluate(out, variant, seed, flags, episodes):
     run = folder_of(out, variant, seed)
     run.mkdir(parents=True, exist_ok=True)
     missing = [name for name in EVALUATIONS if not (run / name).exists()]
+    own, kept = shlex.join([*flags, *shlex.split(variant)]), run / "flags.txt"
+    if kept.exists() and kept.read_text() != own:
+        sys.exit(f"sweep: {run} was made with {kept.read_text()}; give another --out")
+    if not kept.exists():
+        kept.write_text(own)
     with open(run / "log.txt", "a") as log:
-        if missing:
+        if missing:  # a run that a signal stops ends with exit code 1
             subprocess.run([sys.executable, str(HERE / "drift.py"), *flags, *shlex.split(variant),
                             "--seed", str(seed), "--logdir", str(run)],
                            stdout=log, stderr=log, check=True)
@@ -52,6 +57,22 @@ def train_and_evaluate(out, variant, seed, flags, episodes):
                 "--episodes", str(episodes), *EVALUATIONS[name]],
                 stdout=subprocess.PIPE, stderr=log, text=True, check=True)
             (run / name).write_text(answer.stdout)
+
+
+def make(args, flags):
+    """Every variant with every seed. A run that fails or is stopped ends the sweep."""
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [pool.submit(train_and_evaluate, args.out, variant, seed, flags, args.episodes)
+                for variant in args.variants for seed in args.seeds]
+        try:
+            for job in concurrent.futures.as_completed(jobs):
+                job.result()
+        except (subprocess.CalledProcessError, KeyboardInterrupt, SystemExit) as error:
+            pool.shutdown(cancel_futures=True)  # runs in hand come to their end first
+            if isinstance(error, SystemExit):
+                raise
+            sys.exit(f"sweep: stopped ({error or 'Ctrl-C'}; see log.txt in the run's folder); "
+                     "the same command goes on")
 
 
 def last_fifth(lines, key):
@@ -93,11 +114,7 @@ def main():
     cut = argv.index("--") if "--" in argv else len(argv)
     args, flags = parser.parse_args(argv[:cut]), argv[cut + 1:]
     if not args.table:
-        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            jobs = [pool.submit(train_and_evaluate, args.out, variant, seed, flags, args.episodes)
-                    for variant in args.variants for seed in args.seeds]
-            for job in jobs:
-                job.result()
+        make(args, flags)
     for metrics in sorted(pathlib.Path(args.out).glob("*/metrics.jsonl")):
         print(json.dumps(row(metrics.parent, args.until)))
 
