@@ -109,7 +109,7 @@ class Config:
     algo: str = opt("cmil", "the method", tuple(ALGOS))
     preset: str = opt("auto", "sizes and schedule; auto: paper on CUDA, small elsewhere",
                       ("auto", "paper", "small", "debug"))
-    seed: int = opt(0, "seeds networks, sampling and environments", least=0)
+    seed: int = opt(0, "seeds networks, sampling, environments", least=0, most=2**32 - 1)
     logdir: str = opt("", "the run's folder; empty: runs/<env>-<algo>-s<seed>")
     steps: int = opt(250_000, "environment steps in all, seed rounds included [P]")
     minutes: float = opt(0.0, "stop cleanly after so many minutes of wall time; 0: never", least=0)
@@ -214,7 +214,7 @@ RESUME_MAY_CHANGE = ("steps", "minutes", "log_every", "eval_every", "eval_episod
 
 def die(message):
     """Print one line and exit with code 2: the end of every mistake of the user's."""
-    print(f"cmil: error: {message}", file=sys.stderr)
+    print(f"cmil: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -1193,10 +1193,10 @@ def env_options(c):
             "robot_noise_ratio": noise}
 
 
-def rollouts(agent, vec, steps, episodes, seed, stream, sample):
+def rollouts(agent, vec, steps, episodes, seed, stream, sample, breathe=lambda: None):
     """Run `episodes` episodes of `steps` steps, as many at a time as `vec` has environments
     -> dict of success, tasks, return (arrays of length `episodes`; others where info has them), and
-    video (steps+1, 64, 64, 3) uint8 of the first episode. Leaves torch's random state as it was."""
+    video (steps+1, 64, 64, 3) uint8 of the first. torch's random state stays as it was."""
     results, video = {}, []
     with kept_rng(agent.device):
         torch.manual_seed(seed + 1_000_003 * stream)
@@ -1208,6 +1208,7 @@ def rollouts(agent, vec, steps, episodes, seed, stream, sample):
                 image, reward, _, _, info = vec.step(action)
                 total += reward
                 first.append(image[0].copy())
+                breathe()  # may end it
             video = video or first
             for key, value in {**envs.outcome(info), "return": total}.items():
                 results.setdefault(key, []).extend(value)
@@ -1228,7 +1229,7 @@ class Trainer:
 
     def __init__(self, c):
         self.c, self.dir = c, pathlib.Path(c.logdir)
-        self.began, self.before, self.stop = time.time(), 0.0, ""
+        self.began, self.before, self.stop = time.monotonic(), 0.0, ""
         self.vec, facts, self.agent = build(c)
         self.T = facts["episode_steps"]
         if c.length > self.T + 1:
@@ -1248,12 +1249,13 @@ class Trainer:
         for folder in ("episodes", "videos"):
             (self.dir / folder).mkdir(parents=True, exist_ok=True)
         self.metrics = envs.open_log(self.dir / "metrics.jsonl")
-        logged = self.restore()
+        if (logged := self.restore()) is None and self.metrics.tell():
+            die(f"{self.metrics.name} has lines but no checkpoint beside it: give another --logdir")
         envs.cut(self.metrics, logged or 0)
         with contextlib.suppress(ImportError):  # TensorBoard is optional
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(self.dir)
-        self.last = self.shown = time.time(), self.step, self.agent.updates
+            self.board = SummaryWriter(self.dir, purge_step=self.agent.updates)
+        self.last = self.shown = time.monotonic(), self.step, self.agent.updates
         self.take_snapshot()
         if logged is None:
             self.write_config(facts)
@@ -1288,8 +1290,7 @@ class Trainer:
                     self.checkpoint()
         except Stop:
             self.drop_round()
-            self.checkpoint()
-            print(f"stopped ({self.stop}) at step {self.step}: the same command resumes")
+            envs.say(f"stopped ({self.stop}) at step {self.step}: the same command resumes")
         finally:
             self.close()
             for number, handler in handlers.items():
@@ -1304,16 +1305,16 @@ class Trainer:
                     self.vec = envs.make_vec(self.c.env, self.c.num_envs, **env_options(self.c))
                 return work()
             except envs.WorkerDied as error:
+                self.breathe()  # a scheduler's signal may have reached worker and learner
                 self.drop_round()
                 if not left:
-                    self.checkpoint()
                     raise
                 print(f"cmil: {error}; making new workers", file=sys.stderr, flush=True)
             self.agent.load_state_dict(copy.deepcopy(self.snapshot["agent"]))
             self.last = self.shown = self.rates(self.last)[2]  # the count of updates went back
 
     def checkpoint_due(self):
-        return time.time() - self.last_checkpoint > 60 * self.c.checkpoint_minutes
+        return time.monotonic() - self.last_checkpoint > 60 * self.c.checkpoint_minutes
 
     @property
     def step(self):
@@ -1339,8 +1340,7 @@ class Trainer:
                 actions[t + 1][info["padded"]] = 0  # the episode was over: this action did nothing
             self.steps_in_round += N
             self.progress()
-            if self.stop:
-                raise Stop
+            self.breathe()
         if not c.offline:
             self.log({f"train/{key}": x.mean() for key, x in envs.outcome(info).items()})
             for i in range(N):
@@ -1354,6 +1354,11 @@ class Trainer:
         seed_steps = math.ceil(self.c.seed_steps / self.per_round) * self.per_round
         return int(max(0, step - seed_steps) * self.c.train_ratio + 1e-6)
 
+    def breathe(self):
+        """A moment at which the run can end."""
+        if self.stop:
+            raise Stop
+
     def learn(self, update):
         """One update, and at log steps its metrics."""
         self.info = update(self.replay)
@@ -1361,20 +1366,20 @@ class Trainer:
             with kept_rng(self.agent.device):  # how often one logs must not change what is learned
                 _, rates, self.last = self.rates(self.last)
                 self.log({**self.info, **self.agent.report(self.replay), **rates})
-            for name, optimizer in self.agent.opts.items():
-                if (count := int(optimizer.skipped_now)) >= min(10, self.c.log_every):
-                    where = f"at step {self.step}, update {self.agent.updates}"
-                    self.drop_round()
-                    self.checkpoint()
-                    die(f"the {name} loss had non-finite gradients in the last {count} updates, "
-                        f"{where}; the last good state is {self.dir / 'checkpoint.pt'}")
+        for name, optimizer in self.agent.opts.items() if self.agent.updates % 10 == 0 else ():
+            if (count := int(optimizer.skipped_now)) >= 10:
+                where = f"at step {self.step}, update {self.agent.updates}"
+                self.drop_round()
+                die(f"the {name} loss had non-finite gradients in the last {count} updates, "
+                    f"{where}; the last good state is {self.dir / 'checkpoint.pt'}")
         self.progress()
 
     def evaluate(self):
         """eval/*: with the mode of policy and latent unless eval_sample, on seeds of their own."""
-        c, start, videos = self.c, time.time(), self.dir / "videos"
+        c, start, videos = self.c, time.monotonic(), self.dir / "videos"
         results, video = self.with_workers(lambda: rollouts(
-            self.agent, self.vec, self.T, c.eval_episodes, c.seed, EVALUATE, c.eval_sample))
+            self.agent, self.vec, self.T, c.eval_episodes, c.seed, EVALUATE, c.eval_sample,
+            self.breathe))
         envs.save_gif(videos / f"eval-{self.step:07d}.gif", video)
         if isinstance(self.agent, Agent):
             with kept_rng(self.agent.device):  # a demo's window, and what five frames foretell
@@ -1385,13 +1390,13 @@ class Trainer:
         means = {f"eval/{key}": float(value.mean()) for key, value in results.items()}
         self.log(means)
         text = ", ".join(f"{key[5:]} {value:.2f}" for key, value in means.items())
-        print(f"step {self.step} evaluation ({c.eval_episodes} episodes, "
-              f"{time.time() - start:.0f} s): {text}", flush=True)
+        envs.say(f"step {self.step} evaluation ({c.eval_episodes} episodes, "
+                 f"{time.monotonic() - start:.0f} s): {text}")
         self.last_success = means["eval/success"]
 
     def rates(self, then):
         """Seconds, and environment steps and updates a second, since `then` -> those, now."""
-        now = time.time(), self.step, self.agent.updates
+        now = time.monotonic(), self.step, self.agent.updates
         seconds, steps, updates = (b - a for a, b in zip(then, now))
         rate = 1 / max(seconds, 1e-9)  # a clock may stand still
         return seconds, {"fps": steps * rate, "ups": updates * rate}, now
@@ -1399,17 +1404,16 @@ class Trainer:
     def log(self, values):
         """One line of metrics.jsonl. Every name is explained in README.md, "What is logged"."""
         line = {"step": self.step, "update": self.agent.updates,
-                "time": self.before + time.time() - self.began,
+                "time": self.before + time.monotonic() - self.began,
                 **{key: float(value) for key, value in values.items()}}
-        self.metrics.write(json.dumps(line) + "\n")
-        self.metrics.flush()
+        envs.append(self.metrics, json.dumps(line) + "\n")
         if self.board:
             for key, value in line.items():
                 self.board.add_scalar(key, value, self.agent.updates)
 
     def progress(self):
         """A line every few seconds; and the end of the minutes."""
-        if self.c.minutes and time.time() - self.began > 60 * self.c.minutes:
+        if self.c.minutes and time.monotonic() - self.began > 60 * self.c.minutes:
             self.stop = self.stop or f"--minutes {self.c.minutes:g}"
         seconds, rates, now = self.rates(self.shown)
         if seconds < 10 or not hasattr(self, "info"):
@@ -1419,30 +1423,31 @@ class Trainer:
         eta = left / rates["ups"] / 60 if rates["ups"] else math.nan
         keys = ("recon", "kl", "bc", "reward", "disc/gap", "uncertainty")
         losses = " ".join(f"{k} {float(self.info[k]):.2f}" for k in keys if k in self.info)
-        print(f"step {self.step}/{steps} update {self.agent.updates} ups {rates['ups']:.2f} "
-              f"fps {rates['fps']:.0f} eta {eta:.0f}m | {losses} | "
-              f"success {self.last_success:.2f}", flush=True)
+        envs.say(f"step {self.step}/{steps} update {self.agent.updates} ups {rates['ups']:.2f} "
+                 f"fps {rates['fps']:.0f} eta {eta:.0f}m | {losses} | "
+                 f"success {self.last_success:.2f}")
 
     def announce(self, demos, facts):
         c = self.c
         counts = ", ".join(f"{name} {sum(p.numel() for p in network.parameters()):,}"
                            for name, network in self.agent.networks.items())
-        print(f"{c.algo} on {c.env}, preset {c.preset}, seed {c.seed}, {self.dir}\n"
-              f"{len(demos)} demos, {c.num_envs} environments of {self.T} steps"
-              f"{facts['gl_renderer'] and ', GL: '}{facts['gl_renderer']}\nparameters: {counts}\n"
-              f"{self.agent.device}, step {self.step}, update {self.agent.updates}", flush=True)
+        envs.say(f"{c.algo} on {c.env}, preset {c.preset}, seed {c.seed}, {self.dir}\n"
+                 f"{len(demos)} demos, {c.num_envs} environments of {self.T} steps"
+                 f"{facts['gl_renderer'] and ', GL: '}{facts['gl_renderer']}\nparameters: {counts}"
+                 f"\n{self.agent.device}, step {self.step}, update {self.agent.updates}")
 
     def write_config(self, facts):
         """config.json: every field, and what the run depends on beside them."""
         versions = {d.name: d.version for d in reversed([*metadata.distributions()]) if d.name in (
             "torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics")}
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        here = pathlib.Path(__file__).parent
-        commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True,
-                                text=True).stdout.strip() if (here / ".git").exists() else ""
+        git, commit = ["git", "--git-dir", pathlib.Path(__file__).with_name(".git")], ""
+        with contextlib.suppress(OSError):  # no git here
+            commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True,
+                                    text=True).stdout.strip()
         text = json.dumps({"config": dataclasses.asdict(self.c), "versions": versions, "gpu": gpu,
                            "gl_renderer": facts["gl_renderer"], "commit": commit,
-                           "python": platform.python_version(),
+                           "python": platform.python_version(), "threads": torch.get_num_threads(),
                            "command": "python " + " ".join(sys.argv)}, indent=1)
         envs.save_atomically(self.dir / "config.json", lambda f: f.write(text.encode()))
 
@@ -1450,19 +1455,20 @@ class Trainer:
         """Keep the present state: what a checkpoint or a stop would write."""
         self.snapshot = {"agent": self.agent.state_dict(), "round": self.round,
                          "evaluated": self.evaluated, "metrics_bytes": self.metrics.tell(),
-                         "seconds": self.before + time.time() - self.began}
+                         "seconds": self.before + time.monotonic() - self.began}
 
     def checkpoint(self):
         """Write the last snapshot; the previous checkpoint is kept beside it."""
         os.fsync(self.metrics.fileno())
         envs.save_atomically(self.dir / "checkpoint.pt", lambda f: torch.save(self.snapshot, f),
                              self.dir / "checkpoint.prev.pt")
-        self.last_checkpoint = time.time()
+        self.last_checkpoint = time.monotonic()
 
     def drop_round(self):
-        """Go back to the last snapshot: in the count of steps and in the metrics."""
+        """Go back to the last snapshot, and write it."""
         self.steps_in_round = 0
         envs.cut(self.metrics, self.snapshot["metrics_bytes"])
+        self.checkpoint()
 
     def restore(self):
         """Load the newest checkpoint and its episodes -> length of metrics.jsonl then, or None."""
@@ -1664,8 +1670,8 @@ def evaluate_run(run, episodes, video, explicit):
     vec.close()
     means = {key: value.mean() for key, value in results.items()}
     print(json.dumps({"episodes": episodes, "success": means.pop("success"),
-                      "success_ci95": bootstrap_ci(results["success"]), **means,
-                      "update": agent.updates}))
+                      "success_ci95": bootstrap_ci(results["success"]), **means, "seed": c.seed,
+                      "sampled": c.eval_sample, "update": agent.updates}))
     if video:
         envs.save_gif(video, frames)
 

@@ -27,7 +27,9 @@ import inspect
 import io
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -56,10 +58,10 @@ def trouble(error):
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     lacks = "out of memory", "allocate", "alloc_failed", "overflow"  # torch has no name for it
-    if isinstance(error, (MemoryError, RuntimeError)) and (
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (
             any(words in repr(error).lower() for words in lacks)):
-        return (f"out of memory ({' '.join(str(error).split())[:200]}); take fewer --steps, a "
-                "smaller --batch or a smaller --preset, in another --logdir")
+        return (f"out of memory ({str(error)[:200]}); take fewer --steps or --num-envs, a smaller "
+                "--batch or a smaller --preset, in another --logdir")
     raise error
 
 
@@ -69,6 +71,14 @@ class WorkerDied(UserError):
 
 def _say(text):
     print(f"envs: {text}", file=sys.stderr, flush=True)
+
+
+def say(text):
+    """Print at once. A reader that has gone away (tee, head) is no reason to end a run."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ------------------------------------------------------------------------ the fixed-length base
@@ -845,11 +855,13 @@ class _Errors:
         mine, error = issubclass(kind, UserError), sys.exc_info()[1]
         self.queue.put((index, UserError if mine else RuntimeError,
                         str(value) if mine else _in_a_line(error), ""))
+        self.queue.close()
+        self.queue.join_thread()  # it must be under way before anything else can fail
 
 
 def _worker(index, make, pipe, other, memory, errors, *rest):
     """gymnasium's worker process, which prints no tracebacks."""
-    os.setpgrp()  # Ctrl-C and a scheduler's SIGTERM to the group are the learner's business
+    os.setpgrp()  # a scheduler's SIGTERM to the group is the learner's business
     try:
         _async_worker(index, make, pipe, other, memory, _Errors(errors), *rest)
     except (EOFError, ConnectionError):  # the learner is gone
@@ -857,6 +869,20 @@ def _worker(index, make, pipe, other, memory, errors, *rest):
     except Exception as error:  # while it was made, before gymnasium catches anything
         _say(f"worker {index}: {error if isinstance(error, UserError) else _in_a_line(error)}")
         os._exit(1)
+
+
+@contextlib.contextmanager
+def _sigint_blocked():
+    """Ctrl-C waits until the end of the block, or until what this yields is called."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield lambda: None
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    lift = functools.partial(signal.pthread_sigmask, signal.SIG_SETMASK, before)
+    try:
+        yield lift
+    finally:
+        lift()
 
 
 def _watched(name):
@@ -872,6 +898,9 @@ def _watched(name):
             if cause and not isinstance(error, UserError):
                 raise WorkerDied(cause) from error
             raise
+        except KeyboardInterrupt:
+            self.close(terminate=True)
+            raise
         finally:
             gym.logger.min_level = level
     return method
@@ -881,18 +910,29 @@ class Workers(AsyncVectorEnv):
     """gymnasium's worker processes. WorkerDied if one is killed, fails or does not answer."""
     TIMEOUT = 300  # seconds
 
-    __init__ = _watched("__init__")
+    _start = _watched("__init__")
     reset_async, reset_wait = _watched("reset_async"), _watched("reset_wait")
     step_async, step_wait = _watched("step_async"), _watched("step_wait")
     call_async, call_wait = _watched("call_async"), _watched("call_wait")
 
+    def __init__(self, *args, **kwargs):
+        """Ctrl-C is the learner's business: workers inherit that it is blocked while they start."""
+        multiprocessing.resource_tracker.ensure_running()  # its own start would lift the block
+        with _sigint_blocked() as self._lift:
+            self._start(*args, **kwargs)
+
     def _check_spaces(self):
         """Wait until all have started; gymnasium's own check has no timeout."""
+        self._lift()
         self.call("episode_steps")
+
+    def _started(self):
+        """The processes that there are: too few file handles, and one may not have started."""
+        return [process for process in getattr(self, "processes", []) if process.pid]
 
     def _end(self, error):
         """End all workers, because of `error` -> which of them failed and how; "" if none has."""
-        causes, processes = [], getattr(self, "processes", [])
+        causes, processes = [], self._started()
         lost, late = (isinstance(error, kinds) for kinds in (
             (EOFError, ConnectionError), multiprocessing.TimeoutError))
         if lost:  # its pipe is closed: it is about to end
@@ -916,7 +956,7 @@ class Workers(AsyncVectorEnv):
         """End the workers: ask them to, wait `timeout` seconds, kill those that are left.
 
         A step may be pending and a worker dead; terminate: do not ask."""
-        end, processes = time.monotonic() + timeout, getattr(self, "processes", [])
+        end, processes = time.monotonic() + timeout, self._started()
         pipes = [pipe for pipe in getattr(self, "parent_pipes", []) if pipe and not pipe.closed]
         for pipe in [] if terminate else pipes:
             with contextlib.suppress(OSError):
@@ -1111,14 +1151,16 @@ def _cached_images(qpos, env, key):
         data.qpos[:] = row
         image.append(env.draw(data))
     image = np.stack(image)
+    unfinished = cached.with_suffix(f".{os.getpid()}.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = cached.with_suffix(f".{os.getpid()}.tmp")
         with open(unfinished, "wb") as handle:
             np.savez_compressed(handle, image=image)
         os.replace(unfinished, cached)
     except OSError as error:  # a cache that cannot be written only costs time
         _say(f"cannot keep the pictures in {folder} ({error})")
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
     return image
 
 
@@ -1144,6 +1186,15 @@ def open_log(path):
             raise UserError(f"{path} is being written by another process: end that one, or give "
                             "another --logdir") from None
     return file
+
+
+def append(file, text):
+    """Write text to an open log, at once. An OSError names the file."""
+    try:
+        file.write(text)
+        file.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from error
 
 
 def cut(file, size):
@@ -1183,7 +1234,8 @@ def save_gif(path, frames, fps=12, scale=4):
     """frames uint8 (T, 64, 64, 3) -> an endless GIF, `scale` times as large."""
     import imageio
     large = np.asarray(frames).repeat(scale, 1).repeat(scale, 2)
-    imageio.mimsave(path, list(large), duration=1000 / fps, loop=0)
+    save_atomically(path, lambda file: imageio.mimsave(
+        file, list(large), format="GIF", duration=1000 / fps, loop=0))
 
 
 def save_errors(path, truth, predicted, columns=10, scale=2):
@@ -1192,4 +1244,5 @@ def save_errors(path, truth, predicted, columns=10, scale=2):
     error = np.abs(truth.astype(int) - predicted).astype(np.uint8)
     pick = np.linspace(0, len(truth) - 1, min(columns, len(truth))).astype(int)
     rows = [np.concatenate(x[pick], 1) for x in (truth, predicted, error)]
-    imageio.imwrite(path, np.concatenate(rows).repeat(scale, 0).repeat(scale, 1))
+    large = np.concatenate(rows).repeat(scale, 0).repeat(scale, 1)
+    save_atomically(path, lambda file: imageio.imwrite(file, large, format="PNG"))
