@@ -299,7 +299,7 @@ def point_demos(n, seed=0, **options):
 SUPERSAMPLE = 2
 FINE_MESH = 2000    # only meshes of more faces are simplified
 RENDER_STYLE = (f"{SUPERSAMPLE}x{SUPERSAMPLE} samples, no shadows or reflections, float32 qpos, "
-                f"lamp, of {FINE_MESH}")
+                f"lamp, of {FINE_MESH}, one light above the hand")
 
 _screens = {}  # one Screen for each model and camera in this process
 
@@ -552,12 +552,13 @@ BALL_RADIUS = 0.028  # m
 BAODING_XML = """
 <mujoco model="baoding">
   <compiler angle="radian" meshdir="{assets}/stls/hand" texturedir="{assets}/textures"/>
+  <visual><headlight active="0"/></visual>
   <option timestep="0.005" integrator="implicitfast" iterations="20" ls_iterations="10"/>
   <include file="{assets}/hand/shared.xml"/>
   <asset><include file="{assets}/hand/shared_asset.xml"/></asset>
   <worldbody>
     <light directional="true" castshadow="false" dir="0 0.3 -1" pos="0 0 1"
-           ambient="0.2 0.2 0.2" diffuse="0.8 0.8 0.8" specular="0.3 0.3 0.3"/>
+           ambient="0.45 0.45 0.45" diffuse="0.7 0.7 0.7" specular="0.1 0.1 0.1"/>
     <include file="{assets}/hand/robot.xml"/>
     <body name="ball1" pos="0.03 0 0.195">
       <freejoint name="ball1"/>
@@ -589,7 +590,8 @@ def baoding_model():
     unused += [spec.geom("robot0:C_forearm"), spec.geom("robot0:C_wrist")]
     for element in unused:
         spec.delete(element)
-    spec.material("robot0:MatViz").rgba = (0.35, 0.36, 0.4, 1)             # stock white saturates
+    skin = spec.material("robot0:MatViz")
+    skin.rgba, skin.specular = (0.45, 0.46, 0.5, 1), 0                     # stock white saturates
     return spec.compile()
 
 
@@ -600,10 +602,14 @@ class Baoding(Simulated):
     balls lie and go round clockwise, seen from above, once in 60 steps. Success, known at the end
     of the episode: no ball was dropped, the pair turned by at least 88% of what was commanded (1.1
     turns in 75 steps), and balls were at most 20 mm from their targets on average. info also has
-    `rotation` (net turns in the commanded direction so far), `error` (m: mean distance of balls and
-    targets so far, seen from above) and `dropped`; what happens after a drop counts like the rest.
-    reward: 1 where both balls are within 25 mm of their targets.
+    `rotation` (net turns in the commanded direction, up to a drop), `error` (m: mean distance of
+    balls and targets so far, seen from above, a lost ball's being 0.1) and `dropped`.
+    reward: 1 where both balls are within 25 mm of their targets and none was dropped.
+    The hand adds noise to every action: without it, the actions of one demonstration, repeated
+    blindly, turn the balls from most starts, and there is nothing to see.
     """
+
+    metadata = {**PixelEnv.metadata, "render_fps": 10}
 
     CAMERA = {"distance": 0.27, "lookat": (0.01, -0.015, 0.17), "azimuth": 90, "elevation": -80}
     DETAIL = {"mesh": 0.0015, "round": (16, 10, 1)}
@@ -612,6 +618,8 @@ class Baoding(Simulated):
     CENTRE, AXES = np.array([0.005, -0.005]), np.array([0.02, 0.036])      # the ellipse: m, x and y
     TURNED, NEAR, CLOSE = 0.88, 0.020, 0.025  # share of the turns; mean error, error of a step (m)
     DROPPED = 0.10              # m: a ball whose centre is below this has left the hand
+    LOST = 0.1                  # m: no distance to a target counts as more
+    NOISE = 0.05                # std of what is added to an action
     REACH = 0.9                 # action +-1 goes so far from the pose towards the joint's limit
 
     def __init__(self, tasks=None, episode_steps=None, render_mode="rgb_array"):
@@ -674,15 +682,16 @@ class Baoding(Simulated):
         balls = self.balls_in(qpos)
         line, (x, y) = balls[0, :2] - balls[1, :2], self._line
         angle = np.arctan2(x * line[1] - y * line[0], x * line[0] + y * line[1])
-        self._turned -= angle / (2 * np.pi)                                # clockwise counts
+        self.dropped |= bool(balls[:, 2].min() < self.DROPPED)
+        self._turned -= 0 if self.dropped else angle / (2 * np.pi)         # clockwise counts
         self._line = line
         distance = np.linalg.norm(balls[:, :2] - self.targets(len(self._errors) + 1), axis=1)
-        self._errors.append(distance.mean())
-        self.dropped |= bool(balls[:, 2].min() < self.DROPPED)
+        self._errors.append(np.minimum(distance, self.LOST).mean())
         return distance
 
     def _step(self, action):
-        self._simulate(action)
+        noise = self.NOISE * self.np_random.normal(size=self.action_dim)
+        self._simulate(np.clip(action + noise, -1, 1))
         return float(self._follow(self.data.qpos).max() <= self.CLOSE and not self.dropped)
 
     def _tasks(self):
@@ -698,10 +707,11 @@ class Baoding(Simulated):
 
     def tasks_in(self, qpos):
         """What an episode with these positions (rows, nq), row 0 included, has completed."""
-        self._begin(qpos[0])
+        other = copy.copy(self)                                            # self may be at work
+        other._begin(qpos[0])
         for row in qpos[1:]:
-            self._follow(row)
-        return self._tasks()
+            other._follow(row)
+        return other._tasks()
 
 
 # --------------------------------------------------------------------- any other environment

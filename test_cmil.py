@@ -4284,42 +4284,83 @@ def test_holding_still_and_flailing_fail(dark):
     env.close()
 
 
-def rolled(env, turns, radius=1.0, lowest=.16):
+def rolled(env, turns, radius=1.0, lowest=.16, ball=1, phase=0.0, aside=0.0):
     """Positions (76, nq) of balls that go round the targets' ellipse, scaled by `radius`, at an
-    even pace and clockwise; one ball is at height `lowest` once."""
+    even pace and clockwise from `phase` on; `ball` is at height `lowest` in row 40, and from row 1
+    on the first is so many metres `aside`."""
     qpos = np.tile(env.model.qpos0, (76, 1))
-    angle = -2 * np.pi * turns * np.arange(76) / 75
-    for ball, half in zip(env._balls, (0, np.pi)):
-        qpos[:, ball] = env.CENTRE[0] + radius * env.AXES[0] * np.cos(angle + half)
-        qpos[:, ball + 1] = env.CENTRE[1] + radius * env.AXES[1] * np.sin(angle + half)
-        qpos[:, ball + 2] = .16
-    qpos[40, env._balls[1] + 2] = lowest
+    angle = phase - 2 * np.pi * turns * np.arange(76) / 75
+    for i, half in zip(env._balls, (0, np.pi)):
+        qpos[:, i] = env.CENTRE[0] + radius * env.AXES[0] * np.cos(angle + half)
+        qpos[:, i + 1] = env.CENTRE[1] + radius * env.AXES[1] * np.sin(angle + half)
+        qpos[:, i + 2] = .16
+    qpos[40, env._balls[ball] + 2] = lowest
+    qpos[1:, env._balls[0]] += aside
     return qpos
+
+
+def turned(turns, phase=0.0):
+    """Turns, seen from its centre, of a point on the ellipse whose parameter makes `turns`."""
+    angle = phase - 2 * np.pi * np.linspace(0, turns, 9999)
+    angle = np.unwrap(np.arctan2(.036 * np.sin(angle), .02 * np.cos(angle)))
+    return (angle[0] - angle[-1]) / (2 * np.pi)
 
 
 @needs_kitchen
 @pytest.mark.parametrize("case, turns, error, dropped, success", [
     (dict(turns=1.25), 1.25, 0, False, True),                # on the targets all the time
     (dict(turns=1.25, lowest=.101), 1.25, 0, False, True),
-    (dict(turns=1.25, lowest=.099), 1.25, 0, True, False),   # one ball was out of the hand once
+    (dict(turns=1.25, phase=.7), turned(1.25, .7), 0, False, True),  # from where the balls are
+    (dict(turns=1.25, aside=.01), None, .005, False, True),  # the mean over both balls
+    (dict(turns=1.25, aside=1.), None, .05, False, False),   # at most .1 m each
+    (dict(turns=1.25, lowest=.099), turned(.65), 0, True, False),    # out of the hand in row 40
+    (dict(turns=1.25, lowest=.099, ball=0), turned(.65), 0, True, False),
     (dict(turns=-1.25), -1.25, None, False, False),          # the other way round
-    (dict(turns=1.05), 1 + math.atan(1.8 * math.tan(.1 * math.pi)) / (2 * math.pi), None, False,
-     False),                                                 # 1.084: too few, though near
+    (dict(turns=1.05), turned(1.05), None, False, False),    # 1.084: too few, though near
     (dict(turns=1.25, radius=1.6), 1.25, .0174, False, True),
     (dict(turns=1.25, radius=1.75), 1.25, .0217, False, False)])         # too far from the targets
 def test_what_counts_as_turning_the_balls(hand, case, turns, error, dropped, success):
-    """Rotation, error, drop and success of made-up trajectories, known in advance.
+    """Rotation (up to a drop), error, drop and success of made-up trajectories, known in advance.
 
     The mean distance to the targets of balls on an ellipse r times as large is r - 1 times the mean
     distance of the ellipse from its centre, here over 75 evenly spaced parameters.
     """
-    done = hand.tasks_in(rolled(hand, **case))
-    hand._t = 75
-    info = hand._info()
-    assert info["rotation"] == pytest.approx(turns, abs=1e-6) and info["dropped"] == dropped
+    qpos = rolled(hand, **case)
+    hand._begin(qpos[0])
+    for row in qpos[1:]:
+        hand._follow(row)
+    info, before = hand._info(), copy.deepcopy(vars(hand).get("_errors"))
+    done = hand.tasks_in(rolled(hand, 1.25)[:40]) or hand.tasks_in(qpos)
+    assert hand._info() == info and hand._errors == before               # an episode goes on
+    assert turns is None or info["rotation"] == pytest.approx(turns, abs=1e-6)
+    assert info["dropped"] == dropped
     if error is not None:
         assert info["error"] == pytest.approx(error, abs=2e-4)
     assert done == (("turn",) if success else ()) and info["success"] == success
+
+
+@needs_kitchen
+def test_the_reward_of_baoding(dark):
+    """1 for a step with both balls near their targets: demonstrations nearly always, stillness
+    hardly ever."""
+    demos, env = stored_demos("baoding"), envs.make_env("baoding")
+    for action, low, high in ((demos["action"][0], 55, 75), (np.zeros((75, 20)), -1, 20)):
+        env.reset(seed=int(demos["seed"][0]))
+        assert low < sum(env.step(a)[1] for a in action) <= high
+    env.close()
+
+
+@needs_kitchen
+def test_a_demonstration_cannot_be_repeated_blindly(dark):
+    """The noise on actions differs from seed to seed: other starts need other actions."""
+    demos, env = stored_demos("baoding"), envs.make_env("baoding")
+    solved = []
+    for i in range(6):
+        env.reset(seed=90_000 + i)
+        infos = [env.step(action)[4] for action in demos["action"][i]]
+        solved.append(infos[-1]["success"])
+    env.close()
+    assert sum(solved) <= 3, solved
 
 
 @needs_kitchen

@@ -61,6 +61,8 @@ class Expert:
         self.reference = reference
         self.plan = np.zeros((search.horizon, env.action_dim))
         self.last = np.zeros(env.action_dim)
+        rests = np.isclose(env.control(-np.ones(env.action_dim)), env.control(self.last))
+        self.least = np.where(rests, 0, -1)     # a joint at its limit can only go up from action 0
         if reference is not None:
             self.plan[:] = self.ahead(0)
 
@@ -79,7 +81,7 @@ class Expert:
         temperature = TEMPERATURE[1] * (np.quantile(cost, share) - low) + 1e-9
         weight = np.exp((low - cost) / temperature)
         self.plan = np.tensordot(weight / weight.sum(), plans, 1)          # (H, 20)
-        action = self.plan[0].astype(np.float32)
+        action = np.maximum(self.plan[0], self.least).astype(np.float32)
         self.plan = np.concatenate([self.plan[1:], self.plan[-1:]])
         self.last = action
         return action
@@ -136,7 +138,7 @@ class Pool(mujoco.rollout.Rollout):
 
 def episode(env, seed, search, pool, reference=None):
     """The expert's episode for this seed, which fixes all of it -> demo, info of the last step."""
-    expert = Expert(env, search, np.random.default_rng(seed), pool, reference)
+    expert = Expert(env, search, np.random.default_rng([seed, 1]), pool, reference)
     demo, infos = roll(env, seed, expert.act)
     return demo, infos[-1]
 
