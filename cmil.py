@@ -202,7 +202,7 @@ ENV_PRESETS = {
     ("kitchen", "small"): dict(SIMULATED, batch=12, length=20,
                                episode_steps=175),  # the expert is done by ~160 and then rests
     ("baoding", "paper"): dict(length=25),  # [C]
-    ("baoding", "small"): dict(SIMULATED, batch=10, length=25),
+    ("baoding", "small"): dict(SIMULATED, batch=10, length=25, steps=37_500),
 }
 
 # What --eval may change, and a resumed run; any other difference is refused.
@@ -795,9 +795,8 @@ class Learner:
 
     def autocast(self):
         """bfloat16 for convolutions and MLPs; what follows them is cast back to float32."""
-        auto = "bfloat16" if self.device.type == "cuda" else "float32"
-        precision = auto if self.c.precision == "auto" else self.c.precision
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16")
+        where = ("bfloat16", "auto") if self.device.type == "cuda" else ("bfloat16",)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.c.precision in where)
 
     def clone_update(self, replay):
         """One clone_step, as a graph on CUDA, and what the host does after it -> info."""
@@ -982,7 +981,7 @@ class Agent(Learner):
 class Ditto(Agent):
     """ditto: no discriminator; imagined states should be the expert's of the same step [T].
 
-    row t        0       1       2       3        H = 3 steps from any row of a demo window
+    row t        0       1       2       3        H = 3 steps from rows 0 ... L-H-1 of a window
     expert   z0 = s0     z1      z2      z3       posterior deter: what [T]'s code compares
     dream        s0 ->   s1 ->   s2 ->   s3       the policy, in the model
     reward      [r0]    [r1]    [r2]              r_t = match(s_{t+1}, z_{t+1})
@@ -1054,24 +1053,27 @@ class PixelDAC(PixelAgent):
     rewards                r2   r3   r4           r_t = D's logit of (e_t, a_t)
     target     y2 = r2 + g r3 + g^2 r4 + g^3 min_i Qbar_i(e5, a'),  a' ~ pi(.|e5)
 
-    Departures: D sees the critics' embedding; networks and rates are CMIL's; a batch is all of B
+    Departures: D and actor see the critics' embedding (DrQ-v2: a trunk each); other networks and
+    rates are CMIL's; episodes have a fixed length, hence no absorbing states; a batch is all of B
     windows; an episode's first two rows act on repeated frames, which training does not show."""
-    FRAMES, STEPS, PENALTY, clone_step = 3, 3, 10.0, None
+    FRAMES, STEPS, PENALTY, EMBED, clone_step = 3, 3, 10.0, 50, None
 
     def __init__(self, c, action, device):
-        encoder = Encoder(c.conv_depth, 3 * self.FRAMES)
-        sizes = encoder.size, action, c.units, c.layers
+        layers = Encoder(c.conv_depth, 3 * self.FRAMES)
+        encoder = nn.Sequential(layers, nn.Linear(layers.size, self.EMBED),  # DrQ-v2's trunk: its
+                                nn.LayerNorm(self.EMBED), nn.Tanh())         # output is bounded
+        sizes = self.EMBED, action, c.units, c.layers
         heads = Critics(c.critics, *sizes)
         Learner.__init__(
             self, c, device, heads, critics=nn.ModuleDict({"encoder": encoder, "heads": heads}),
             actor=Actor(*sizes),
-            disc=Discriminator(encoder.size, action, c.disc_units, c.disc_layers))
+            disc=Discriminator(self.EMBED, action, c.disc_units, c.disc_layers))
 
     def policy(self, frames):
         return self.actor(self.critics.encoder(frames))
 
     def embed(self, image, action):
-        """Windows of the replay -> embed (L-2, B, E) of shifted stacks; action (L-2, B, A)."""
+        """Windows of the replay -> embed (L-2, B, 50) of shifted stacks; action (L-2, B, A)."""
         image, rows = to_float(image), len(image) - self.FRAMES + 1
         stacks = torch.cat([image[i:i + rows] for i in range(self.FRAMES)], 2)  # (L-2, B, 9, ...)
         shifted = random_shift(stacks.flatten(0, 1)).unflatten(0, stacks.shape[:2])
@@ -1080,7 +1082,7 @@ class PixelDAC(PixelAgent):
     def gradient_step(self, replay):
         c = self.c
         with self.autocast():
-            embed, action = self.embed(*replay.sample(c.batch))
+            embed, action = self.embed(*replay.draw(replay.demo_starts, replay.starts, c.batch))
             with torch.no_grad():
                 expert = state_action_pairs(*self.embed(*replay.sample_demos(c.batch)))
             e = embed.detach()
@@ -1118,12 +1120,11 @@ def gradient_penalty(disc, expert, policy):
 
 def random_shift(x, pad=4):
     """x (N, C, 64, 64): each moved by up to `pad` pixels both ways, its edges repeated."""
-    N, _, height, width = x.shape
-    top, left = torch.randint(2 * pad + 1, (2, N, 1), device=x.device)
-    rows = (top + torch.arange(height, device=x.device))[:, :, None]        # (N, 64, 1)
-    columns = (left + torch.arange(width, device=x.device))[:, None]        # (N, 1, 64)
-    x = F.pad(x, (pad,) * 4, mode="replicate").movedim(1, -1)               # (N, 72, 72, C)
-    return x[torch.arange(N, device=x.device)[:, None, None], rows, columns].movedim(-1, 1)
+    N, size = len(x), x.shape[-1]
+    offset = torch.randint(-pad, pad + 1, (2, N, 1), device=x.device)
+    rows, columns = (offset + torch.arange(size, device=x.device)).clamp(0, size - 1)   # (N, 64)
+    index = torch.arange(N, device=x.device)[:, None, None], rows[:, :, None], columns[:, None]
+    return x.movedim(1, -1)[index].movedim(-1, 1)
 
 
 AGENTS = {"bc": PixelAgent, "ditto": Ditto, "pdac": PixelDAC}  # the other methods are Agents
@@ -1159,20 +1160,20 @@ class Replay:
         if demo:
             self.demo_starts.fill_(self.windows)
 
-    def draw(self, count, batch):
-        """The windows at `batch` of the first `count` (0-d tensor) starts."""
+    def draw(self, first, end, batch):
+        """`batch` windows whose starts are between the numbers `first` and `end` (0-d tensors)."""
         u = torch.rand(batch, device=self.start.device)
-        index = torch.minimum((u * count).long(), count - 1)  # rounding could reach count itself
+        index = torch.minimum(first + (u * (end - first)).long(), end - 1)  # if rounded up to end
         rows = self.start[index] + self.offset                              # (L, batch)
         return self.image[rows], self.action[rows]
 
     def sample_demos(self, batch):
         """Windows of the demos -> image uint8 (L, batch, 64, 64, 3), action (L, batch, A)."""
-        return self.draw(self.demo_starts, batch)
+        return self.draw(0, self.demo_starts, batch)
 
     def sample(self, batch):
         """Windows of everything, demos included -> the same shapes."""
-        return self.draw(self.starts, batch)
+        return self.draw(0, self.starts, batch)
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -1272,8 +1273,7 @@ class Trainer:
                 self.learn(agent.clone_update)
                 if self.stop or self.checkpoint_due():
                     self.take_snapshot()
-                    if self.stop:
-                        raise Stop
+                    self.breathe()
                     self.checkpoint()
             self.take_snapshot()
             while self.round < self.rounds or not self.evaluated:
@@ -1354,8 +1354,7 @@ class Trainer:
         seed_steps = math.ceil(self.c.seed_steps / self.per_round) * self.per_round
         return int(max(0, step - seed_steps) * self.c.train_ratio + 1e-6)
 
-    def breathe(self):
-        """A moment at which the run can end."""
+    def breathe(self):  # a moment at which the run can end
         if self.stop:
             raise Stop
 
@@ -1440,15 +1439,15 @@ class Trainer:
         """config.json: every field, and what the run depends on beside them."""
         versions = {d.name: d.version for d in reversed([*metadata.distributions()]) if d.name in (
             "torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics")}
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         git, commit = ["git", "--git-dir", pathlib.Path(__file__).with_name(".git")], ""
         with contextlib.suppress(OSError):  # no git here
             commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True,
                                     text=True).stdout.strip()
-        text = json.dumps({"config": dataclasses.asdict(self.c), "versions": versions, "gpu": gpu,
-                           "gl_renderer": facts["gl_renderer"], "commit": commit,
-                           "python": platform.python_version(), "threads": torch.get_num_threads(),
-                           "command": "python " + " ".join(sys.argv)}, indent=1)
+        text = json.dumps(dict(
+            config=dataclasses.asdict(self.c), versions=versions, commit=commit,
+            gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+            gl_renderer=facts["gl_renderer"], threads=torch.get_num_threads(),
+            python=platform.python_version(), command=" ".join(["python", *sys.argv])), indent=1)
         envs.save_atomically(self.dir / "config.json", lambda f: f.write(text.encode()))
 
     def take_snapshot(self):
@@ -1483,8 +1482,7 @@ class Trainer:
         if state["round"] > self.rounds:
             die(f"--steps {self.c.steps}: the run in {self.dir} has made "
                 f"{state['round'] * self.per_round} already")
-        self.round, self.evaluated = state["round"], state.get("evaluated", False)
-        self.before = state["seconds"]
+        self.round, self.before, self.evaluated = map(state.get, ("round", "seconds", "evaluated"))
         for number, worker in np.ndindex(0 if self.c.offline else self.round, self.c.num_envs):
             file = self.dir / self.EPISODE.format(number, worker)
             self.replay.add(**envs.read_episode(file, self.T, self.replay.action.shape[1]))
@@ -1533,18 +1531,16 @@ def build(c):
 
 def setup_torch(c):
     """Device, threads and number formats of this process -> torch.device."""
-    if c.device == "cuda" and not torch.cuda.is_available():
+    device = torch.device("cuda" if torch.cuda.is_available() and c.device != "cpu" else "cpu")
+    if c.device == "cuda" != device.type:
         die("--device cuda: torch finds no CUDA device here; use --device cpu")
-    if c.graph == "on" and (c.device == "cpu" or not torch.cuda.is_available()):
+    if c.graph == "on" and device.type == "cpu":
         die("--graph on: graphs need CUDA; use --graph auto")
     warnings.filterwarnings("ignore", message=".*capturable=True can impair performance")
-    device = torch.device(c.device if c.device != "auto" else
-                          "cuda" if torch.cuda.is_available() else "cpu")
     if c.threads:
         torch.set_num_threads(c.threads)
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # glibc
-        # Keep freed memory: no mappings for large blocks (M_MMAP_MAX, -4), no trimming (-1).
-        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # glibc: keep memory
+        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)  # no maps, no trimming
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return device
 
@@ -1629,17 +1625,21 @@ def check_config(c):
         if not isinstance(value, (float, int) if kind is float else kind) or (
                 choices and value not in choices):
             die(f"{field.name} {value!r}: expected {choices or kind.__name__}")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not ((value > 0 if least is None else value >= least) and value <= most):  # nor NaN
-                bounds = "greater than 0" if least is None else f"of {least} or more"
-                die(f"--{field.name.replace('_', '-')} {value}: expected a number {bounds}"
-                    + (f" and at most {most}" if value > most else ""))
-    needs = {"bc": ("--reward none", c.reward == "none"),
-             "ditto": ("--horizon below --length", c.horizon < c.length),
-             "pdac": ("--length 6 or more, --pretrain 0 and a --reward that is not none",
-                      c.length > 5 and not c.pretrain and c.reward != "none")}
+        if kind in (int, float) and not (  # nor NaN
+                (value > 0 if least is None else value >= least) and value <= most):
+            bounds = "greater than 0" if least is None else f"of {least} or more"
+            die(f"--{field.name.replace('_', '-')} {value}: expected a number {bounds}"
+                + (f" and at most {most}" if value > most else ""))
+    silent = c.reward == "none"
+    needs = {"bc": ("--reward none", silent), "dbc": ("--reward none", silent),
+             "ditto": ("--offline, a --reward and a --horizon below --length",
+                       c.offline and not silent and c.horizon < c.length),
+             "pdac": ("--no-offline, a --reward, --length 6 or more and --pretrain 0",
+                      c.length > 5 and not (c.offline or silent or c.pretrain))}
     if c.algo in needs and not needs[c.algo][1]:
         die(f"--algo {c.algo} needs {needs[c.algo][0]}")
+    if silent and not (c.offline and c.beta):
+        die("--reward none needs --offline and a --beta above 0: nothing else would be learned")
 
 
 def load_agent(run, explicit=None):

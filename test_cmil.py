@@ -193,8 +193,8 @@ def test_precedence_of_the_config(tmp_path):
     assert c.members == cmil.PRESETS["small"]["members"] and c.units == 99 and c.lam == 0.95
     assert c.episode_steps == cmil.ENV_PRESETS["kitchen", "small"]["episode_steps"]
     assert c.offline and c.reward == "none" and c.algo == "dbc"
-    c = cmil.make_config({"algo": "dbc", "preset": "debug", "offline": False, "logdir": logdir})
-    assert not c.offline and c.episode_steps == 0
+    c = cmil.make_config({"algo": "vmail", "preset": "debug", "members": 4, "logdir": logdir})
+    assert c.members == 4 and c.alpha == 0 and c.episode_steps == 0
     c = cmil.make_config({"tasks": "kettle", "preset": "small", "logdir": logdir})
     assert c.episode_steps == 0 and c.steps == cmil.ENV_PRESETS["kitchen", "small"]["steps"]
 
@@ -1229,6 +1229,12 @@ def test_ditto_compares_states_of_the_same_step(monkeypatch):
     c, seen = agent.c, {name: calls_of(monkeypatch, cmil, name, lambda real, *args: real(*args))
                         for name in ("match", "imagine", "world_model_loss", "actor_loss",
                                      "target_values", "model_critic_loss")}
+    sampled, sample_demos, returned = [], replay.sample_demos, []
+    replay.sample_demos = lambda batch: sampled.append(sample_demos(batch)) or sampled[-1]
+    randomize(agent.targets)
+    values = cmil.target_values
+    monkeypatch.setattr(cmil, "target_values", lambda *args: returned.append(values(*args)) or (
+        returned[-1]))
     losses = capture_losses(agent, replay, agent.update)
     L, B, H = c.length, c.batch, c.horizon
     _, image, post, _ = seen["world_model_loss"][0]
@@ -1237,6 +1243,8 @@ def test_ditto_compares_states_of_the_same_step(monkeypatch):
     _, _, start, led_here, horizon = seen["imagine"][0]
     assert horizon == H and start.deter.shape[0] == len(led_here) == (L - H) * B
     assert not start.deter.requires_grad
+    _, action = sampled[0]
+    assert torch.equal(led_here, action[:L - H].flatten(0, 1))
     x, y = seen["match"][0]
     assert x.shape == y.shape == (H, (L - H) * B, c.deter) and not y.requires_grad
     for k, t, b in itertools.product(range(H), range(L - H), range(B)):
@@ -1244,8 +1252,8 @@ def test_ditto_compares_states_of_the_same_step(monkeypatch):
         assert torch.equal(start.deter[t * B + b], post.deter[t, b])
     _, dream, reward, _ = seen["actor_loss"][0]
     assert torch.equal(x, dream.feat[1:, :, c.stoch:]) and torch.equal(reward, cmil.match(x, y))
-    assert seen["target_values"][0][2] is reward
-    assert seen["model_critic_loss"][0][1].shape == (H, (L - H) * B)
+    assert seen["target_values"][0][0] is agent.targets and seen["target_values"][0][2] is reward
+    assert seen["model_critic_loss"][0][1] is returned[0][1] and len(sampled) == 1
     assert losses.keys() == {"world", "critics", "actor"}
     parts = {name.split(".")[1] for name in touched(losses["actor"], agent.world)}
     assert parts == {"input", "gru", "norm", "priors"}   # gradients go through the dynamics
@@ -1259,7 +1267,7 @@ def test_acting_on_pixels_samples(algo):
     first, second = (agent.act(image)[0] for _ in range(2))
     assert (first != second).all() and (first[0] != first[1]).all()
     first, second = (agent.act(image, None, False)[0] for _ in range(2))
-    assert np.array_equal(first, second) and np.array_equal(first[0], first[1])
+    assert np.array_equal(first, second) and np.allclose(first[0], first[1])
 
 
 def test_bc_clones_single_frames_end_to_end():
@@ -1345,9 +1353,13 @@ def test_pdac_pairs_stacks_actions_and_targets(monkeypatch):
         asked.append((s, a))
         return torch.stack([s[..., 0], 2 * s[..., 0]]).requires_grad_()
     agent.critics["heads"].forward = critics
-    agent.targets.forward = lambda s, a: torch.stack([4 * s[..., 0], 3 * s[..., 0]])
+    next_actions = []
+    agent.targets.forward = lambda s, a: next_actions.append(a) or torch.stack(
+        [4 * s[..., 0], 3 * s[..., 0]])
     agent.actor.forward = lambda s: cmil.TruncatedNormal(
         torch.zeros(*s.shape[:-1], 2, requires_grad=True), torch.ones(*s.shape[:-1], 2))
+    calls_of(monkeypatch, cmil.TruncatedNormal, "rsample", lambda real, policy: (
+        policy.loc + .25))                               # a sample, not the mode
     seen = {name: calls_of(monkeypatch, cmil, name, lambda real, *args: real(*args))
             for name in ("n_step_target", "discriminator_loss", "gradient_penalty")}
     losses, info = capture_losses(agent, replay, agent.update, "info")
@@ -1370,6 +1382,7 @@ def test_pdac_pairs_stacks_actions_and_targets(monkeypatch):
     reward, value, gamma, n = seen["n_step_target"][0]
     torch.testing.assert_close(reward * 255, row[:-1] - 2 * (row[:-1] + 1))
     torch.testing.assert_close(value * 255, 3 * row)     # the least of the targets
+    assert all((action == .25).all() for action in next_actions) and len(next_actions) == 1
     assert (gamma, n) == (c.gamma, 3)
     s, a = asked[0]
     torch.testing.assert_close(s[..., 0] * 255, row[:L - 5])
@@ -1384,7 +1397,7 @@ def test_pdac_pairs_stacks_actions_and_targets(monkeypatch):
 
 def test_pdac_gradients_and_targets():
     """The encoder learns from the critics alone; the targets follow by a hundredth each update."""
-    agent, replay = agent_and_replay("pdac")
+    agent, replay = agent_and_replay("pdac", entropy=0.)
     losses = capture_losses(agent, replay, agent.update)
     assert losses.keys() == {"critics", "actor", "disc"}
     everything = {name for name, _ in agent.critics.named_parameters()}
@@ -1393,12 +1406,15 @@ def test_pdac_gradients_and_targets():
     assert {name.split(".")[0] for name in touched(losses["actor"], agent.critics)} == {"heads"}
     assert touched(losses["actor"], agent.actor) and not touched(losses["actor"], agent.disc)
     assert touched(losses["disc"], agent.disc) and not touched(losses["disc"], agent.critics)
+    randomize(agent.targets)                             # far from what they follow
     before = copy.deepcopy(agent.targets.state_dict())
     agent.update(replay)
     heads = agent.critics["heads"].state_dict()
     assert agent.targets.state_dict().keys() == heads.keys()
     for name, now in agent.targets.state_dict().items():
-        torch.testing.assert_close(now, torch.lerp(before[name], heads[name], .01))
+        expected = torch.lerp(before[name], heads[name], .01)
+        torch.testing.assert_close(now, expected, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(now, before[name])
 
 
 def test_pdac_acts_on_the_last_three_frames():
@@ -1504,12 +1520,15 @@ def test_non_finite_gradient_changes_nothing(poison):
 def test_targets_are_copied_on_schedule_only():
     """target_every = 3: updates 3 and 6 make the targets equal to the critics; else they rest."""
     agent, replay = agent_and_replay(target_every=3)
-    last = copy.deepcopy(agent.critics.state_dict())
+    last, stepped, count = copy.deepcopy(agent.critics.state_dict()), [], agent.count
+    agent.count = lambda info: (stepped.append(copy.deepcopy(agent.critics.state_dict())),
+                                count(info))[1]
     for update in range(1, 8):
         agent.update(replay)
         critics = agent.critics.state_dict()
         if update % 3 == 0:
-            last = copy.deepcopy(critics)
+            last = copy.deepcopy(stepped[-1])            # and the critics stay as they are
+            assert same(critics, last)
         assert same(agent.targets.state_dict(), last), f"update {update}"
         assert update % 3 == 0 or not same(critics, last)
     assert not any(p.requires_grad for p in agent.targets.parameters())
@@ -2842,7 +2861,11 @@ BAD_COMMANDS = [
     ("--eval x --bench", "--bench"), ("--plot-bound /no/such/run", "/no/such/run"),
     ("--algo bc --reward logit", "reward"), ("--algo pdac --reward none", "reward"),
     ("--algo pdac --pretrain 5", "pretrain"), ("--algo pdac --length 5", "length"),
-    ("--algo ditto --horizon 8", "horizon"),
+    ("--algo ditto --horizon 8", "horizon"), ("--algo ditto --reward none", "--algo ditto needs"),
+    ("--algo ditto --no-offline", "--offline"), ("--algo pdac --offline", "--no-offline"),
+    ("--algo dbc --reward logit", "--reward none"), ("--reward none", "needs --offline"),
+    ("--algo dbc --no-offline", "needs --offline"), ("--algo dbc --beta 0", "a --beta above 0"),
+    ("--algo vmail --reward none --offline", "a --beta above 0"),
 ]
 
 
@@ -3119,7 +3142,8 @@ def test_envs_needs_neither_torch_nor_mujoco():
 def fake_run(folder, seed, algo="cmil", points=4, **extra):
     """A run folder whose success grows by (seed + 1) / 10 an evaluation."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"config": {"env": "kitchen", "algo": algo}}))
+    (folder / "config.json").write_text(json.dumps({"config": {
+        "env": "kitchen", "algo": algo, "seed": seed}}))
     lines = [{"step": 10 * i, "update": i, "time": 60. * i, "eval/success": i * (seed + 1) / 10,
               "eval/tasks": i / 2, **extra} for i in range(points)]
     lines.insert(1, {"step": 5, "recon": 3.})
@@ -3161,6 +3185,50 @@ def test_plot_draws_a_picture(x, tmp_path, capsys):
     assert picture.shape[0] > 500 and len(np.unique(picture)) > 20
 
 
+def test_settings_are_curves_of_their_own(figures, tmp_path, capsys):
+    """Runs of one method that differ in more than their seed are not its seeds; none counts twice.
+    """
+    runs = [fake_run(tmp_path / name, seed) for name, seed in (("a", 0), ("b", 1), ("c", 0))]
+    for run, alpha in zip(runs, (1., 1., 10.)):
+        path = Path(run) / "config.json"
+        stored = json.loads(path.read_text())
+        stored["config"].update(alpha=alpha, logdir=run)
+        path.write_text(json.dumps(stored))
+    groups, _ = figures.grouped(runs)
+    assert {name: len(seeds) for name, seeds in groups["kitchen"].items()} == {
+        "cmil, alpha 1.0": 2, "cmil, alpha 10.0": 1}
+    assert [*figures.grouped(runs[:2])[0]["kitchen"]] == ["cmil"]
+    with pytest.raises(SystemExit) as stop:
+        figures.grouped([runs[0], runs[1], runs[0]])
+    assert stop.value.code == 2 and "the same settings and seed" in one_error_line(capsys)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no matplotlib")
+def test_what_a_figure_shows(figures, tmp_path, monkeypatch):
+    """Two methods of five seeds: means as lines, 95% intervals of the mean as bands, a line style
+    and marker for each, labelled axes; hours on the axis of time."""
+    from matplotlib import axes
+    drawn, bands, texts = {}, [], []
+    calls_of(monkeypatch, axes.Axes, "plot", lambda real, self, x, y, **o: (
+        drawn.setdefault(o["label"], (x, y, o["ls"], o["marker"])), real(self, x, y, **o))[1])
+    calls_of(monkeypatch, axes.Axes, "fill_between", lambda real, self, x, low, high, **o: (
+        bands.append((low, high)), real(self, x, low, high, **o))[1])
+    for name in ("set_ylabel", "set_xlabel"):
+        calls_of(monkeypatch, axes.Axes, name, lambda real, self, text: (
+            texts.append(text), real(self, text))[1])
+    figures.plot([fake_run(tmp_path / f"{algo}{seed}", seed, algo) for seed in range(5)
+                  for algo in ("cmil", "dbc")], str(tmp_path / "x.png"), "time")
+    assert drawn.keys() == {"cmil (5 seeds)", "dbc (5 seeds)"}
+    (x, y, *style), (_, _, *other) = drawn.values()
+    np.testing.assert_allclose(x, np.arange(4) / 60)                     # minutes, in hours
+    np.testing.assert_allclose(y, .3 * np.arange(4))                     # of .1 .2 .3 .4 .5
+    assert style[0] != other[0] and style[1] != other[1]
+    low, high = cmil.bootstrap_ci([.1, .2, .3, .4, .5])
+    assert low > .15 and high < .45                                      # so not least and most
+    np.testing.assert_allclose([bands[0][0][1], bands[0][1][1]], [low, high])
+    assert {"success rate", "tasks completed", "hours"} <= set(texts)
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no matplotlib")
 def test_plot_from_the_command_line(uninterrupted, tmp_path):
     """python cmil.py --plot RUN --out FILE works on a real run."""
@@ -3195,13 +3263,16 @@ def test_parts_of_the_bound(figures, tmp_path):
 
 @pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no matplotlib")
 def test_plot_bound(uninterrupted, figures, tmp_path, monkeypatch, capsys):
-    """--plot-bound RUN draws its four curves; a run without a discriminator is one line."""
+    """--plot-bound RUN draws its curves; a run without a discriminator is one line."""
     from matplotlib import axes
     labels = []
     calls_of(monkeypatch, axes.Axes, "plot", lambda real, *args, **options: (
         labels.append(options["label"]), real(*args, **options))[1])
     cmil.main(["--plot-bound", str(uninterrupted[0]), "--out", str(tmp_path / "x.png")])
-    assert labels == list(figures.BOUND.values()) and (tmp_path / "x.png").stat().st_size > 5000
+    returns = {line["eval/return"] for line in metrics(uninterrupted[0]) if "eval/return" in line}
+    assert labels == [label for key, label in figures.BOUND.items()  # without what never changes
+                      if key != "eval/return" or len(returns) > 1]
+    assert len(labels) >= 3 and (tmp_path / "x.png").stat().st_size > 5000
     with pytest.raises(SystemExit) as stop:
         cmil.main(["--plot-bound", fake_run(tmp_path / "dbc", 0, "dbc")])
     assert stop.value.code == 2 and "dbc has no discriminator" in one_error_line(capsys)
@@ -3325,12 +3396,15 @@ def test_sweep_runs_each_variant_once(monkeypatch, capsys, tmp_path):
     """A run and a final evaluation for every variant and seed; the same command makes none anew."""
     sweep = script("sweep")
     monkeypatch.setattr(sys, "argv", ["sweep.py", "--out", str(tmp_path), "--seeds", "3",
-                                      "--variants", "", "--sigma 0.5", "--episodes", "2", "--",
+                                      "--variants", "", "--no-data-critic", "--sigma 0.5",
+                                      "--episodes", "2", "--",
                                       "--env", "point", "--preset", "debug", "--steps", "200",
                                       "--device", "cpu", "--threads", "1"])
     sweep.main()
     rows = {row["run"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
-    assert set(rows) == {"base-s3", "sigma-0.5-s3"}
+    assert set(rows) == {"base-s3", "sigma-0.5-s3", "no-data-critic-s3"}
+    off = json.loads((tmp_path / "no-data-critic-s3" / "config.json").read_text())["config"]
+    assert off["data_critic"] is False and off["sigma"] == math.sqrt(2.5)
     for name, sigma in (("base-s3", math.sqrt(2.5)), ("sigma-0.5-s3", 0.5)):
         config = json.loads((tmp_path / name / "config.json").read_text())["config"]
         assert config["sigma"] == sigma and config["seed"] == 3

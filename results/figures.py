@@ -6,7 +6,8 @@ the parts of the paper's bound for one run, its Figure 3.
     python cmil.py --plot-bound RUN --out bound.png               Figure 3
 
 A run is a folder with config.json and metrics.jsonl. Runs of one method in one environment are its
-seeds and become one curve. One column an environment; above success, below what the environment
+seeds and become one curve; where they differ in more than the seed, a curve for each setting, with
+that in its name. One column an environment; above success, below what the environment
 counts beside it; a thin line is what its demonstrations reach. Methods differ in line style and
 marker too, so a copy in grey can be read.
 Only this file needs matplotlib.
@@ -19,7 +20,7 @@ import sys
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from cmil import bootstrap_ci, die  # noqa: E402  (the project's one file, one folder up)
+from cmil import RESUME_MAY_CHANGE, bootstrap_ci, die  # noqa: E402  (one folder up)
 
 # What is drawn: name in metrics.jsonl -> label of the axis.
 MEASURES = {"eval/success": "success rate", "eval/tasks": "tasks completed",
@@ -70,17 +71,39 @@ def curve(seeds, key, x):
     return grid, values.mean(0), low, high
 
 
-def plot(runs, out, x="step"):
-    """Draw the learning curves of `runs` (folders) into the picture `out`; x: see X_LABELS."""
-    own = set()                                 # environments with demonstrations from --demos
-    groups = {}                                 # environment -> method -> evaluations of each seed
+def settings(configs):
+    """Names for the curves of one method's runs: what they differ in beside the seed -> strings."""
+    shared = set.intersection(*(set(config) for config in configs))
+    apart = sorted(key for key in shared - {"seed", "device", "precision", *RESUME_MAY_CHANGE}
+                   if len({config[key] for config in configs}) > 1)
+    return [", ".join([config["algo"], *(f"{key} {config[key]}" for key in apart)])
+            for config in configs]
+
+
+def grouped(runs):
+    """Folders of runs -> {environment: {name of the curve: evaluations of each seed}}, and those
+    environments whose demonstrations are the user's own."""
+    groups, own, methods = {}, set(), {}
     for run in runs:
         config, entries = read_run(run)
         env = " ".join(filter(None, (config["env"], config.get("tasks"))))
         if config.get("demos"):
             own.add(env)
-        groups.setdefault(env, {}).setdefault(config["algo"], []).append(
-            [entry for entry in entries if "eval/success" in entry])
+        methods.setdefault((env, config["algo"]), []).append(
+            (run, config, [entry for entry in entries if "eval/success" in entry]))
+    for (env, _), found in methods.items():
+        seeds = {}
+        for name, (run, config, entries) in zip(settings([c for _, c, _ in found]), found):
+            if (name, config.get("seed")) in seeds:
+                die(f"{run}: {seeds[name, config.get('seed')]} has the same settings and seed")
+            seeds[name, config.get("seed")] = run
+            groups.setdefault(env, {}).setdefault(name, []).append(entries)
+    return groups, own
+
+
+def plot(runs, out, x="step"):
+    """Draw the learning curves of `runs` (folders) into the picture `out`; x: see X_LABELS."""
+    groups, own = grouped(runs)
     plt = pyplot()
     entries = [entry for methods in groups.values() for seeds in methods.values() for seed in seeds
                for entry in seed]
@@ -177,8 +200,8 @@ def bound_parts(entries):
     for key in BOUND:
         points = [(entry["step"], entry[key]) for entry in entries
                   if key in entry and ("disc/gap" in entry or key == "eval/return")]
-        if not points:
-            continue
+        if not points or len(points) > 1 and len({value for _, value in points}) == 1:
+            continue  # it is not logged, or says nothing: a single prior, never a reward
         step, values = np.array(points, float).T
         if key == "eval/return":
             values = values.max() - values

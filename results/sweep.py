@@ -5,8 +5,12 @@
 
 A variant is what it adds to the flags after --. Runs that have been evaluated are not made again,
 an interrupted one goes on, so that the same command resumes a sweep; --table only prints. The tasks
-of training episodes, which act with samples, tell settings apart sooner than evaluations: their mean
-over the last fifth of the rounds, and with --until N over the rounds that learned, up to update N.
+of training episodes, which act with samples, tell settings apart sooner than evaluations: their
+mean over the last fifth of the rounds, and with --until N over the rounds that learned, up to
+update N. Every ingredient of the method, left out or weakened:
+
+    --variants "" "--alpha 0" "--beta 1" "--sigma 0" "--members 1 --alpha 0" "--reward sigmoid" \\
+        "--no-data-critic" "--pretrain 0"
 """
 import argparse
 import concurrent.futures
@@ -102,7 +106,8 @@ def row(run, until=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--variants", nargs="+", default=[""])
@@ -112,7 +117,9 @@ def main():
     parser.add_argument("--until", type=int, help="see above")
     argv = sys.argv[1:]
     cut = argv.index("--") if "--" in argv else len(argv)
-    args, flags = parser.parse_args(argv[:cut]), argv[cut + 1:]
+    own = {option for action in parser._actions for option in action.option_strings}
+    words = [w + " " if w.startswith("--") and w not in own else w for w in argv[:cut]]
+    args, flags = parser.parse_args(words), argv[cut + 1:]  # with a blank it can be a value
     if not args.table:
         make(args, flags)
     for metrics in sorted(pathlib.Path(args.out).glob("*/metrics.jsonl")):
