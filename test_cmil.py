@@ -12,6 +12,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -1820,7 +1821,8 @@ def test_replay_windows():
     """Windows are rows of one episode with their own actions; all starts are drawn, evenly."""
     replay, starts = numbered_replay()
     valid, demos = set.union(*starts), starts[0] | starts[1]
-    for sample, expected in ((replay.sample, valid), (replay.sample_demos, demos)):
+    for sample, expected in ((replay.sample, valid), (replay.sample_demos, demos), (
+            functools.partial(replay.draw, replay.demo_starts, replay.starts), starts[2])):
         image, action = sample(1000)
         assert image.shape == (4, 1000, 64, 64, 3) and image.dtype == torch.uint8
         rows = image[:, :, 0, 0, 0].long()
@@ -1863,7 +1865,7 @@ def test_replay_edges_of_the_random_number(edge, expected, monkeypatch):
     """u = 0 gives the first window; even u = 1 (rounding) gives the last one and not one behind."""
     replay, _ = numbered_replay()                        # the last window begins at 27 - 4 = 23
     monkeypatch.setattr(torch, "rand", lambda n, device=None: torch.full((n,), edge))
-    rows = replay.draw(replay.starts, 5)[0][..., 0, 0, 0]
+    rows = replay.draw(0, replay.starts, 5)[0][..., 0, 0, 0]
     assert rows.shape == (4, 5) and (rows[0] == expected).all() and rows.max() < 27
 
 
@@ -2938,7 +2940,7 @@ def finished(uninterrupted, *words):
 
 @pytest.mark.parametrize("words, name", [("--alpha 3", "alpha"), ("--seed 5", "seed"),
                                          ("--no-data-critic", "data_critic"),
-                                         ("--algo dbc --offline", "algo")])
+                                         ("--algo vmail", "algo")])
 def test_resume_with_a_changed_field_names_it(words, name, uninterrupted, capsys):
     """One line with the field's name and its stored value; the run is left as it was."""
     before = (uninterrupted[0] / "config.json").read_bytes()
