@@ -1268,7 +1268,9 @@ def test_acting_on_pixels_samples(algo):
     first, second = (agent.act(image)[0] for _ in range(2))
     assert (first != second).all() and (first[0] != first[1]).all()
     first, second = (agent.act(image, None, False)[0] for _ in range(2))
-    assert np.array_equal(first, second) and np.allclose(first[0], first[1])
+    assert np.array_equal(first, second)
+    # A batch's rows may be summed in another order: pdac's trunk shows the last bit of it.
+    np.testing.assert_allclose(first[0], first[1], rtol=0, atol=0 if algo == "bc" else 1e-6)
 
 
 def test_bc_clones_single_frames_end_to_end():
@@ -2907,8 +2909,9 @@ def test_fuzzed_flags(field, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             cmil.main(["--env", "point", "--preset", "debug", "--num-envs", "1", "--device", "cpu",
                        "--logdir", str(tmp_path / "run"), f"{flag}={value}"])
-        line = one_error_line(capsys)
-        assert stop.value.code == 2 and (flag in line or value.split("\n")[0] in line), value
+        named = flag if field.type not in (str, "str") or field.metadata["choices"] else (
+            value.split("\n")[0] or "''")
+        assert stop.value.code == 2 and named in one_error_line(capsys), value
     assert not (tmp_path / "run").exists()
 
 
@@ -3270,11 +3273,16 @@ def test_plot_bound(uninterrupted, figures, tmp_path, monkeypatch, capsys):
     labels = []
     calls_of(monkeypatch, axes.Axes, "plot", lambda real, *args, **options: (
         labels.append(options["label"]), real(*args, **options))[1])
-    cmil.main(["--plot-bound", str(uninterrupted[0]), "--out", str(tmp_path / "x.png")])
-    returns = {line["eval/return"] for line in metrics(uninterrupted[0]) if "eval/return" in line}
-    assert labels == [label for key, label in figures.BOUND.items()  # without what never changes
-                      if key != "eval/return" or len(returns) > 1]
-    assert len(labels) >= 3 and (tmp_path / "x.png").stat().st_size > 5000
+    run = shutil.copytree(uninterrupted[0], tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for change in (0, 1):                                # what never changes is left out
+        lines = [{**line, "eval/return": change * line["step"]} if "eval/return" in line else line
+                 for line in lines]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        labels.clear()
+        cmil.main(["--plot-bound", str(run), "--out", str(tmp_path / "x.png")])
+        assert labels == list(figures.BOUND.values())[:3 + change]
+        assert (tmp_path / "x.png").stat().st_size > 5000
     with pytest.raises(SystemExit) as stop:
         cmil.main(["--plot-bound", fake_run(tmp_path / "dbc", 0, "dbc")])
     assert stop.value.code == 2 and "dbc has no discriminator" in one_error_line(capsys)

@@ -76,6 +76,11 @@ def shares(error, truth):
     return {part: round(value, 4) for part, value in rms.items()}
 
 
+def clock(fit_qpos, held_qpos):
+    """What is known of the held-out episodes by the step alone: the others' mean -> dict."""
+    return shares(fit_qpos.mean(1, keepdims=True) - held_qpos, held_qpos)
+
+
 def scene(agent, fit, fit_qpos, held, held_qpos):
     """What the agent's latents know of the held-out episodes, after reading the others -> dict."""
     feat, *_ = look(agent, fit)
@@ -129,8 +134,7 @@ def of_runs(runs, fresh):
         vec.close()
         fit_qpos, held_qpos = (positions(file, steps) for file in (DEMOS, fresh))
         if i == 0:
-            clock = fit_qpos.mean(1, keepdims=True) - held_qpos
-            say({"run": "clock"}, shares(clock, held_qpos))
+            say({"run": "clock"}, clock(fit_qpos, held_qpos))
         say({"run": pathlib.Path(run).name, "update": agent.updates},
             scene(agent, fit, fit_qpos, held, held_qpos))
 
@@ -146,8 +150,7 @@ def of_variants(variants, flags, updates, run):
         demos = demos or envs.load_demos("", "kitchen", **cmil.env_options(c))
         qpos = positions(DEMOS, len(demos[0]["image"]) - 1)
         if variant == variants[0]:
-            clock = qpos[:, :-HELD_OUT].mean(1, keepdims=True) - qpos[:, -HELD_OUT:]
-            say({"variant": "clock"}, shares(clock, qpos[:, -HELD_OUT:]))
+            say({"variant": "clock"}, clock(qpos[:, :-HELD_OUT], qpos[:, -HELD_OUT:]))
         say({"variant": variant, "updates": updates, "episodes": len(episodes)},
             measure(c, updates, demos, qpos, episodes))
 

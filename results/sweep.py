@@ -45,14 +45,14 @@ def train_and_evaluate(out, variant, seed, flags, episodes):
     run = folder_of(out, variant, seed)
     run.mkdir(parents=True, exist_ok=True)
     missing = [name for name in EVALUATIONS if not (run / name).exists()]
-    own, kept = shlex.join([*flags, *shlex.split(variant)]), run / "flags.txt"
-    if kept.exists() and kept.read_text() != own:
-        sys.exit(f"sweep: {run} was made with {kept.read_text()}; give another --out")
+    flags, kept = [*flags, *shlex.split(variant)], run / "flags.txt"
     if not kept.exists():
-        kept.write_text(own)
+        kept.write_text(shlex.join(flags))
+    elif kept.read_text() != shlex.join(flags):
+        sys.exit(f"sweep: {run} was made with {kept.read_text()}; give another --out")
     with open(run / "log.txt", "a") as log:
         if missing:  # a run that a signal stops ends with exit code 1
-            subprocess.run([sys.executable, str(HERE / "drift.py"), *flags, *shlex.split(variant),
+            subprocess.run([sys.executable, str(HERE / "drift.py"), *flags,
                             "--seed", str(seed), "--logdir", str(run)],
                            stdout=log, stderr=log, check=True)
         for name in missing:
