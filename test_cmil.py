@@ -2582,7 +2582,8 @@ def test_workers_that_do_not_start(how, flaky, capfd, monkeypatch, tmp_path):
     (OSError(28, "No space left on device"), "No space left"),
     (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to\nallocate"), "smaller --batch"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
-     "smaller --batch"), (None, "loss had non-finite gradients in the last 18 updates, at step")])
+     "smaller --batch"),
+    (None, "loss had non-finite gradients in the last 18 updates, at step 42, update 30")])
 def test_the_learner_fails_while_workers_step(error, named, flaky, capfd, monkeypatch, tmp_path):
     """In mid-round, with a step pending in two processes: one line, exit code 2, none left behind;
     afterwards the run ends as one without the failure."""
