@@ -298,6 +298,7 @@ def point_demos(n, seed=0, **options):
 
 SUPERSAMPLE = 2
 FINE_MESH = 2000    # only meshes of more faces are simplified
+GL_TRIAL = 60       # seconds after which a trial of an OpenGL library has failed
 RENDER_STYLE = (f"{SUPERSAMPLE}x{SUPERSAMPLE} samples, no shadows or reflections, float32 qpos, "
                 f"lamp, of {FINE_MESH}, one light above the hand")
 
@@ -340,11 +341,12 @@ def choose_gl(required=True):
         return
     trial = "from mujoco import *; Renderer(MjModel.from_xml_string('<mujoco/>'), 64, 64).render()"
     for backend in [given] if given else ["egl", "osmesa"]:
-        answer = subprocess.run([sys.executable, "-c", trial], capture_output=True,
-                                env={**os.environ, "MUJOCO_GL": backend})
-        if answer.returncode == 0:
-            os.environ["MUJOCO_GL"] = backend
-            return
+        with contextlib.suppress(subprocess.TimeoutExpired):               # a driver that hangs
+            answer = subprocess.run([sys.executable, "-c", trial], capture_output=True,
+                                    env={**os.environ, "MUJOCO_GL": backend}, timeout=GL_TRIAL)
+            if answer.returncode == 0:
+                os.environ["MUJOCO_GL"] = backend
+                return
     if required:
         tried = f"MUJOCO_GL={given} (unset it?) fails" if given else "EGL and OSMesa both fail"
         raise UserError(f"cannot render: {tried} on this machine; install an OpenGL library "
@@ -1231,6 +1233,10 @@ def save_atomically(path, write, old=None):
         if old and path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
+        if os.name == "posix":  # the folder's new entry too, or a later file may outlive this one
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save's
         if not isinstance(cause, OSError):

@@ -2246,14 +2246,15 @@ def test_a_log_without_a_checkpoint_is_left_alone(tmp_path, capsys):
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_replaces_another(tmp_path, monkeypatch):
-    """The log and the new file are synced, in this order, before anything is renamed."""
+    """The log and the new file are synced, in this order, before anything is renamed; at the end
+    the folder, so that no episode is missing that a later checkpoint counts."""
     trainer, events = cmil.Trainer(run_config(tmp_path)), []
     for name in ("fsync", "replace"):
         monkeypatch.setattr(os, name, lambda *a, name=name, real=getattr(os, name): (
             events.append(name), real(*a))[1])
     trainer.checkpoint()
     trainer.close()
-    assert events == ["fsync", "fsync", "replace", "replace"]
+    assert events == ["fsync", "fsync", "replace", "replace", "fsync"]
 
 
 @pytest.mark.parametrize("git", [True, False])
@@ -2787,6 +2788,25 @@ def test_without_gl(given, named, monkeypatch):
     envs.choose_gl.cache_clear()
 
 
+def test_gl_that_hangs(monkeypatch, tmp_path):
+    """A driver on which drawing never ends is one that fails: the next is tried."""
+    (tmp_path / "mujoco.py").write_text("""
+import os, time
+class MjModel: from_xml_string = staticmethod(lambda text: None)
+class Renderer:
+    def __init__(self, *sizes): time.sleep(60 * (os.environ["MUJOCO_GL"] == "egl"))
+    render = lambda self: None
+""")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("MUJOCO_GL", "")
+    monkeypatch.setattr(envs, "GL_TRIAL", 3)
+    envs.choose_gl.cache_clear()
+    began = time.monotonic()
+    envs.choose_gl()
+    assert os.environ["MUJOCO_GL"] == "osmesa" and time.monotonic() - began < 30
+    envs.choose_gl.cache_clear()
+
+
 @pytest.mark.parametrize("workers", [1, 5])
 def test_same_command_same_metrics(workers, tmp_path):
     """Two full runs in processes of their own agree bit for bit, clocks aside."""
@@ -3200,13 +3220,30 @@ def test_settings_are_curves_of_their_own(figures, tmp_path, capsys):
         stored = json.loads(path.read_text())
         stored["config"].update(alpha=alpha, logdir=run)
         path.write_text(json.dumps(stored))
-    groups, _ = figures.grouped(runs)
+    groups = figures.grouped(runs)
     assert {name: len(seeds) for name, seeds in groups["kitchen"].items()} == {
         "cmil, alpha 1.0": 2, "cmil, alpha 10.0": 1}
-    assert [*figures.grouped(runs[:2])[0]["kitchen"]] == ["cmil"]
+    assert [*figures.grouped(runs[:2])["kitchen"]] == ["cmil"]
     with pytest.raises(SystemExit) as stop:
         figures.grouped([runs[0], runs[1], runs[0]])
     assert stop.value.code == 2 and "the same settings and seed" in one_error_line(capsys)
+
+
+def test_table_of_methods(tmp_path):
+    """compare.py: means and intervals of the final evaluations, the best one while training."""
+    runs = [fake_run(tmp_path / f"{algo}{i}", i, algo)
+            for algo in ("cmil", "dbc") for i in range(2)]
+    for run, success in zip(runs, (.5, .7, .1, .3)):
+        (Path(run) / "eval.json").write_text(json.dumps({"success": success, "tasks": 4 * success}))
+    table = [sys.executable, HERE / "results" / "compare.py"]
+    answer = subprocess.run([*table, *runs], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    rows = [[x.strip() for x in line.strip("|").split("|")] for line in answer.stdout.splitlines()]
+    assert len(rows) == 4 and len({len(row) for row in rows}) == 1
+    assert rows[2][:6] == ["kitchen", "cmil", "0.60 (0.50-0.70)", "0.50, 0.70", "0.45", "2.40"]
+    assert rows[3][1:4] == ["dbc", "0.20 (0.10-0.30)", "0.10, 0.30"]
+    answer = subprocess.run([*table, runs[0], "--final", "x.json"], capture_output=True, text=True)
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1 and "x.json" in answer.stderr
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no matplotlib")
