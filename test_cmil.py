@@ -4542,6 +4542,25 @@ def test_the_baoding_experts_noise(maker, hand):
 
 
 @needs_kitchen
+def test_what_the_demonstrations_are_worth(dark, capsys):
+    """results/baoding_demos.py: it plays the file's own episodes, and its clone fits what it saw.
+    """
+    worth, stored = script("baoding_demos"), stored_demos("baoding")
+    env, two = envs.make_env("baoding"), {key: stored[key][:2] for key in ("seed", "action")}
+    seen, action = worth.as_shipped(env, two)
+    assert np.array_equal(action, two["action"]) and seen.shape == (2, 75, env.model.nq + 36)
+    assert np.abs(seen[:, :, :env.model.nq] - stored["qpos"][:2, :-1]).max() < 1e-6
+    policy = worth.fit(seen, action, 0, steps=500)
+    assert np.square(policy(seen) - action).mean() < .1 * action.var(1).mean()
+    infos = [worth.play(env, seed, tape) for seed, tape in zip(two["seed"].tolist(), action)]
+    worth.tell("x", infos, seed=3)
+    line = json.loads(capsys.readouterr().out)
+    assert line["success"] == 1 and line["rotation"] > 1.1 and (line["seed"], line["episodes"]) == (
+        3, 2)
+    env.close()
+
+
+@needs_kitchen
 def test_the_baoding_experts_cost(maker, hand):
     """Against its terms written out for one step of one sample: distances in units of 2 cm, the
     line's angle, a low ball, a lost ball, change of action, deviation from the reference."""

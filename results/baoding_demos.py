@@ -90,7 +90,7 @@ def made_rough(env, demos):
     return map(np.array, zip(*found))
 
 
-def fit(seen, action, seed):
+def fit(seen, action, seed, steps=3_000):
     """seen (N, T, O), action (N, T, 20) -> a function from (..., O) to actions (..., 20)."""
     torch.manual_seed(seed)
     mean, std = seen.mean((0, 1)), seen.std((0, 1)) + 1e-3
@@ -98,7 +98,7 @@ def fit(seen, action, seed):
     y = torch.tensor(action, dtype=torch.float32).flatten(0, 1)
     net = torch.nn.Sequential(cmil.mlp(x.shape[-1], 256, 2, 20), torch.nn.Tanh())
     adam = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=1e-2)
-    for _ in range(3_000):
+    for _ in range(steps):
         rows = torch.randint(len(x), (256,))
         blurred = x[rows] + 0.1 * torch.randn(256, x.shape[-1])  # a tube, not a line
         loss = (net(blurred) - y[rows]).square().mean()
