@@ -3575,7 +3575,7 @@ def test_drift_takes_the_actors_loss_apart():
         torch.set_rng_state(before)
         weights = [p.clone() for p in agent.actor.parameters()]
         found = drift.watch(agent, replay)
-        assert all(np.isfinite(value) for value in found.values()) and len(found) == 14
+        assert all(np.isfinite(value) for value in found.values()) and len(found) == 19
         assert found["watch/grad_bc"] > 0 and found["watch/grad_penalty"] > 0
         assert all(torch.equal(*pair) for pair in zip(weights, agent.actor.parameters()))
         assert all(p.grad is None for p in agent.actor.parameters())
@@ -3592,6 +3592,46 @@ def test_drift_watches_only_what_there_is(algo, tmp_path):
     watched = {name for line in metrics(tmp_path) for name in line if name.startswith("watch/")}
     assert "watch/grad_penalty" not in watched
     assert ("watch/grad_value" in watched) == (algo == "vmail")
+
+
+def test_drift_at_a_checkpoint(uninterrupted, tmp_path, capsys):
+    """--at: what the policy played without the demonstrations; the run is left as it was."""
+    drift = script("drift")
+    shutil.copytree(uninterrupted[0], tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()
+              and "tfevents" not in path.name}
+    asked, real = [], cmil.Replay.draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cmil.Replay, "draw", lambda self, first, end, batch: (
+            asked.append((int(first), int(end), int(self.demo_starts), int(self.starts))),
+            real(self, first, end, batch))[1])
+        drift.at(str(tmp_path / "run"))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["watch/u_random"] > 0 and found["watch/u_replay_std"] > 0 and found["update"] > 0
+    ranges = {(first, end) for first, end, _, _ in asked}
+    demos, everything = asked[0][2:]
+    assert ranges == {(0, everything), (0, demos), (demos, everything)} and 0 < demos < everything
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
+def test_noise_of_latents_and_actions_apart(uninterrupted, tmp_path, capsys, monkeypatch):
+    """noise.py: both alike are --eval's episodes; modes of both never draw, the others do."""
+    noise, run = script("noise"), str(uninterrupted[0])
+    monkeypatch.setattr(sys, "argv", ["noise.py", run, "--episodes", "2", "--seed", "7"])
+    noise.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["latents"], line["actions"]) for line in lines] == [
+        (a, b) for a in ("modes", "sampled") for b in ("modes", "sampled")]
+    for line, flag in ((lines[0], "--no-eval-sample"), (lines[3], "--eval-sample")):
+        cmil.main(["--eval", run, "--episodes", "2", "--seed", "7", flag])
+        assert json.loads(capsys.readouterr().out)["return"] == pytest.approx(line["return"],
+                                                                              abs=1e-4)
+    agent, image = agent_and_replay()[0], np.zeros((2, 64, 64, 3), np.uint8)
+    for latents, actions in ((False, True), (True, False)):
+        first, second = (noise.Mixed(agent, latents).act(image, None, actions) for _ in range(2))
+        assert np.allclose(first[0], agent.actor(first[1][0].feat).mode.detach()) != actions
+        assert torch.equal(first[1][0].stoch, second[1][0].stoch) != latents
+        assert np.array_equal(first[0], first[1][1].numpy())  # what is carried is what is done
 
 
 def test_drift_draws_what_it_logs(monkeypatch, tmp_path):
@@ -3613,7 +3653,7 @@ def test_drift_draws_what_it_logs(monkeypatch, tmp_path):
     monkeypatch.setattr(axes.Axes, "fill_between",
                         lambda self, x, low, high, **_: filled.append((x, low, high)))
     drift.draw([tmp_path / "online", tmp_path / "offline"], tmp_path / "drift.png")
-    assert len(filled) == 4 and (tmp_path / "drift.png").stat().st_size > 10_000
+    assert len(filled) == 8 and (tmp_path / "drift.png").stat().st_size > 10_000
     x, low, high = next(f for f in filled if np.allclose(f[1], 0.5) and np.allclose(f[2], 1.5))
     assert x == [0, 100, 200]
 

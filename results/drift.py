@@ -5,17 +5,20 @@
 The run is the one that cmil.py makes (its random numbers are left alone); metrics.jsonl has more:
 
     watch/logit_expert, _replay, _dream        the discriminator's logit (no noise) on pairs of the
-                                               demonstrations, of the replay (they are part of it,
-                                               as in training), and imagined from there
-    watch/logit_..._std                        its spread over the pairs
+                                               demonstrations, of what the policy has played, and
+                                               imagined from states of both, as in training
     watch/u_expert, u_replay                   disagreement [P9] one step ahead, along real actions
     watch/u_dream                              and along the policy's
+    watch/u_random                             and for random actions in the demonstrations' states
+    watch/..._std                              their spread over the pairs
     watch/grad_reward, _penalty, _value,       norm of each term's gradient at the actor's weights;
     _entropy, _bc                              they add up to [W6] with its BC term
 
     python results/drift.py --draw RUN [RUN ...] OUT.png
+    python results/drift.py --at RUN
 
-draws all that over the updates, a column for each run. Exit code 1: a signal has stopped the run.
+draw all that over the updates, a column for each run, and print it at a run's last checkpoint (one
+JSON line, means over twenty batches). Exit code 1: a signal has stopped the run.
 """
 import json
 import pathlib
@@ -31,9 +34,8 @@ import cmil  # noqa: E402
 def actor_terms(agent, dream):
     """[W6] taken apart: it is linear in reward, penalty, values and entropy -> dict of losses."""
     c, zero = agent.c, torch.zeros_like(dream.disagreement)
-    s, a = cmil.state_action_pairs(dream.feat, dream.action)
     value = cmil.state_values(agent.critics, dream)                         # (H+1, N)
-    reward = cmil.imitation_reward(agent.disc, s, a, c, c.sigma if c.reward_noise else 0.0)
+    reward = cmil.conservative_reward(agent.disc, dream._replace(disagreement=zero), c)
     penalty, no_value = -c.alpha * dream.disagreement, torch.zeros_like(value)
     weight = cmil.discounts(c.gamma, zero) if c.actor_discount else 1.0
 
@@ -47,18 +49,26 @@ def actor_terms(agent, dream):
 def watch(agent, replay):
     """What the table above names -> dict of floats."""
     c, rssm, B, found = agent.c, agent.world.rssm, agent.c.batch, {}
-    windows = {"replay": replay.sample(B), "expert": replay.sample_demos(B)}
+    windows = {"start": replay.sample(B), "expert": replay.sample_demos(B)}
+    if replay.starts > replay.demo_starts:
+        windows["replay"] = replay.draw(replay.demo_starts, replay.starts, B)
+
+    def spread(name, u):
+        found[f"u_{name}"], found[f"u_{name}_std"] = u.mean(), u.std()
     with torch.no_grad():
         posts = {name: rssm.observe(agent.world.encoder(cmil.to_float(image)), action)
                  for name, (image, action) in windows.items()}
-    pairs = {name: cmil.state_action_pairs(posts[name].feat, windows[name][1]) for name in windows}
-    with torch.no_grad():
+        pairs = {name: cmil.state_action_pairs(posts[name].feat, windows[name][1])
+                 for name in windows if name != "start"}
         for name, (_, a) in pairs.items():
             state = posts[name].map(lambda x: x[:-1].flatten(0, 1))
-            found[f"u_{name}"] = rssm.step_prior(state, a.flatten(0, 1))[1].mean()
-    dream = cmil.imagine(rssm, agent.actor, posts["replay"].map(lambda x: x.flatten(0, 1)),
-                         windows["replay"][1].flatten(0, 1), c.horizon)
-    found["u_dream"] = dream.disagreement.mean()
+            spread(name, rssm.step_prior(state, a.flatten(0, 1))[1])
+            if name == "expert":
+                anything = 2 * torch.rand_like(a).flatten(0, 1) - 1
+                spread("random", rssm.step_prior(state, anything)[1])
+    dream = cmil.imagine(rssm, agent.actor, posts["start"].map(lambda x: x.flatten(0, 1)),
+                         windows["start"][1].flatten(0, 1), c.horizon)
+    spread("dream", dream.disagreement)
     pairs["dream"] = cmil.state_action_pairs(dream.feat, dream.action)
     with torch.no_grad():
         for name, (s, a) in pairs.items():
@@ -82,6 +92,19 @@ class Watched(cmil.Trainer):
         super().log(values)
 
 
+def at(run):
+    """watch() at the last checkpoint of the run in folder `run`, over twenty batches: one line."""
+    stored = cmil.read_config(run)
+    if stored is None:
+        cmil.die(f"{run}: no config.json there; give the folder of a run")
+    trainer = cmil.Trainer(cmil.Config(**{**stored, "logdir": run}))
+    torch.manual_seed(0)
+    found = [watch(trainer.agent, trainer.replay) for _ in range(20)]
+    trainer.close()
+    print(json.dumps({"run": pathlib.Path(run).name, "update": trainer.agent.updates, **{
+        name: round(float(np.mean([one[name] for one in found])), 5) for name in found[0]}}))
+
+
 PANELS = {  # title -> names in metrics.jsonl; a name and its _std are drawn as a line and a band
     "tasks an episode": ("eval/tasks", "train/tasks"),
     "logit of D": ("watch/logit_expert", "watch/logit_replay", "watch/logit_dream"),
@@ -90,7 +113,7 @@ PANELS = {  # title -> names in metrics.jsonl; a name and its _std are drawn as 
     "gradient norms at the actor": tuple(
         f"watch/grad_{term}" for term in ("bc", "value", "reward", "penalty", "entropy")),
     "cloning loss, entropy": ("bc", "entropy"),
-    "disagreement [P9]": ("watch/u_expert", "watch/u_replay", "watch/u_dream"),
+    "disagreement [P9]": ("watch/u_expert", "watch/u_replay", "watch/u_dream", "watch/u_random"),
 }
 LOGARITHMIC = ("critics' squared error [W7]", "gradient norms at the actor")
 
@@ -130,8 +153,10 @@ if __name__ == "__main__":
     if "--draw" in sys.argv[1:2]:
         *folders, picture = sys.argv[2:]
         sys.exit(draw(folders, picture))
-    explicit, _ = cmil.parse(sys.argv[1:])
     try:
+        if sys.argv[1:2] == ["--at"]:
+            sys.exit(at(*sys.argv[2:3]))
+        explicit, _ = cmil.parse(sys.argv[1:])
         run = Watched(cmil.make_config(explicit))
         run.run()
         sys.exit(run.stop.startswith("SIG"))
