@@ -139,6 +139,7 @@ class Config:
     members: int = opt(10, "K, prior heads in the ensemble")
     units: int = opt(400, "hidden units of actor and critics")
     layers: int = opt(4, "hidden layers of actor and critics")
+    min_std: float = opt(0.1, "the policy's standard deviation is never less [C]", most=1)
     critics: int = opt(2, "m, critics in the ensemble")
     disc_units: int = opt(200, "hidden units of the discriminator")
     disc_layers: int = opt(2, "hidden layers of the discriminator")
@@ -379,14 +380,14 @@ class Decoder(nn.Module):
 class Actor(nn.Module):
     """pi(a|s): a truncated normal on [-1, 1]."""
 
-    def __init__(self, feat, action, units, layers):
+    def __init__(self, feat, action, units, layers, min_std=0.1):
         super().__init__()
-        self.layers = mlp(feat, units, layers, 2 * action)
+        self.min_std, self.layers = min_std, mlp(feat, units, layers, 2 * action)
 
     def forward(self, feat):
         """(..., F) -> TruncatedNormal over (..., A)"""
         loc, scale = self.layers(feat).float().chunk(2, -1)
-        return TruncatedNormal(torch.tanh(loc), 2 * torch.sigmoid(scale / 2) + 0.1)
+        return TruncatedNormal(torch.tanh(loc), 2 * torch.sigmoid(scale / 2) + self.min_std)
 
 
 class Discriminator(nn.Module):
@@ -872,9 +873,9 @@ class Agent(Learner):
     def __init__(self, c, action, device):
         sizes = c.stoch + c.deter, action, c.units, c.layers
         critics = Critics(c.critics, *sizes)
-        super().__init__(
-            c, device, critics, world=WorldModel(c, action), actor=Actor(*sizes), critics=critics,
-            disc=Discriminator(c.stoch + c.deter, action, c.disc_units, c.disc_layers))
+        super().__init__(c, device, critics, world=WorldModel(c, action),
+                         actor=Actor(*sizes, c.min_std), critics=critics,
+                         disc=Discriminator(*sizes[:2], c.disc_units, c.disc_layers))
 
     @torch.no_grad()
     def act(self, image, carry=None, sample=True):
@@ -1022,7 +1023,7 @@ class PixelAgent(Learner):
     def __init__(self, c, action, device):
         encoder = Encoder(c.conv_depth)
         super().__init__(c, device, policy=nn.Sequential(
-            encoder, Actor(encoder.size, action, c.units, c.layers)))
+            encoder, Actor(encoder.size, action, c.units, c.layers, c.min_std)))
 
     @torch.no_grad()
     def act(self, image, carry=None, sample=True):
@@ -1066,7 +1067,7 @@ class PixelDAC(PixelAgent):
         heads = Critics(c.critics, *sizes)
         Learner.__init__(
             self, c, device, heads, critics=nn.ModuleDict({"encoder": encoder, "heads": heads}),
-            actor=Actor(*sizes),
+            actor=Actor(*sizes, c.min_std),
             disc=Discriminator(self.EMBED, action, c.disc_units, c.disc_layers))
 
     def policy(self, frames):

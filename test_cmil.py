@@ -443,8 +443,8 @@ def test_the_decoder_is_four_transposed_convolutions():
 
 
 def test_actor_distribution():
-    """loc = tanh, scale = 2 sigmoid(x / 2) + 0.1, from the two halves of the last layer."""
-    actor = randomize(cmil.Actor(4, 2, 8, 2))
+    """loc = tanh, scale = 2 sigmoid(x / 2) + min_std, from the two halves of the last layer."""
+    actor = randomize(cmil.Actor(4, 2, 8, 2, 0.03))
     feat = torch.randn(6, 4)
     x = numbers(feat)
     for layer in (actor.layers[0], actor.layers[2]):
@@ -452,7 +452,7 @@ def test_actor_distribution():
     out = linear(actor.layers[4], x)
     policy = actor(feat)
     np.testing.assert_allclose(policy.loc.detach(), np.tanh(out[:, :2]), **FLOAT32)
-    np.testing.assert_allclose(policy.scale.detach(), 2 * sigmoid(out[:, 2:] / 2) + .1, **FLOAT32)
+    np.testing.assert_allclose(policy.scale.detach(), 2 * sigmoid(out[:, 2:] / 2) + .03, **FLOAT32)
 
 
 def test_discriminator_noise_acts_on_the_whole_input():
