@@ -6,14 +6,15 @@
 blind   The demonstrations' actions repeated open loop: each under its own seed, under three other
         seeds, their mean under twenty others, and each under its own seed with noise added.
 clone   A network from the simulator's positions and velocities to the action (no pixels), fitted to
-        the demonstrations, and to as many that the expert makes from the same resets, near the mean
-        of the demonstrations, without the terms of its cost that keep actions smooth. Three
-        networks for each; each plays twenty episodes. unexplained: of the variance of the actions
-        about their mean at each step, the share left on four episodes by a network that was fitted
-        to the other sixteen.
+        the demonstrations, and to as many rougher ones from the same resets on: guided by a single
+        unguided success, as it is, where the demonstrations' reference is the mean of twelve
+        guided ones. Three networks for each; each plays twenty episodes. unexplained: of the
+        variance of the actions about their mean at each step, the share left on four episodes by a
+        network that was fitted to the other sixteen.
 
 One line of JSON for each measurement; nothing is drawn.
 """
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -27,8 +28,6 @@ import cmil                                                                # noq
 import envs                                                                # noqa: E402
 import make_baoding                                                        # noqa: E402
 from recording import roll, undrawn                                        # noqa: E402
-
-ROUGH = make_baoding.Search(64, 8, 0.25, pull=0.3, near=0.0, smooth=0.0)
 
 
 def tell(name, infos, **more):
@@ -79,11 +78,13 @@ def as_shipped(env, demos):
 
 
 def made_rough(env, demos):
-    """As many successful episodes from the same resets on, without what keeps the expert smooth."""
-    pool, reference = make_baoding.Pool(env.model, 1), make_baoding.smoothed(demos["action"])
-    found, seed = [], int(demos["seed"][0])
+    """As many successful episodes from the same resets on, guided by one unguided success."""
+    pool, found, seed = make_baoding.Pool(env.model, 1), [], int(demos["seed"][0])
+    with contextlib.redirect_stdout(sys.stderr):
+        (plain,), _ = make_baoding.collect(env, pool, 1, seed + 1000, make_baoding.PLAIN)
     while len(found) < len(demos["seed"]):
-        expert = make_baoding.Expert(env, ROUGH, np.random.default_rng([seed, 1]), pool, reference)
+        expert = make_baoding.Expert(env, make_baoding.GUIDED, np.random.default_rng([seed, 1]),
+                                     pool, plain["action"].astype(float))
         seen, action, info = watched(env, seed, expert.act)
         found += [(seen, action)] if info["success"] else []
         seed += 1

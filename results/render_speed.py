@@ -1,9 +1,10 @@
 """Milliseconds a frame: this project's kitchen renderer against FrankaKitchen's own, in one run.
 
-    python results/render_speed.py [--frames 20]
+    python results/render_speed.py [--frames 20] [--env baoding]
 
-One JSON line. Both draw 64x64 pixels, each in a process of its own: two off-screen renderers in one
-process would draw into whichever OpenGL context was made current last. Linux: on one core.
+One JSON line. Baoding's has our physics and frame alone: there is no other renderer for it. Both
+draw 64x64 pixels, each in a process of its own: two off-screen renderers in one process would draw
+into whichever OpenGL context was made current last. The action is zero. Linux: on one core.
 """
 import argparse
 import json
@@ -28,9 +29,9 @@ def median_ms(call, frames):
     return round(float(np.median(times[1:])), 2)
 
 
-def measure_ours(frames):
+def measure_ours(name, frames):
     import envs
-    env = envs.make_env("kitchen")
+    env = envs.make_env(name)
     env.reset(seed=0)
     action = np.zeros(env.action_space.shape)
     return {"physics_ms": median_ms(lambda: env._step(action), frames),
@@ -38,7 +39,7 @@ def measure_ours(frames):
             "gl_renderer": env.gl_renderer}
 
 
-def measure_default(frames):
+def measure_default(_, frames):
     import envs
     envs.choose_gl()                            # before mujoco is imported: it picks EGL or OSMesa
     import gymnasium as gym
@@ -53,14 +54,16 @@ def measure_default(frames):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--frames", type=int, default=20, help="frames of each renderer")
-    frames, result = parser.parse_args().frames, {}
+    parser.add_argument("--env", default="kitchen", choices=("kitchen", "baoding"))
+    args, result = parser.parse_args(), {}
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})             # workers inherit it
-    for measure in (measure_ours, measure_default):
+    for measure in (measure_ours, measure_default) if args.env == "kitchen" else (measure_ours,):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            result |= pool.apply(measure, (frames,))
-    faster = round(result["default_ms"] / result["ours_ms"], 1)
-    print(json.dumps({**result, "times_faster": faster, "frames": frames}))
+            result |= pool.apply(measure, (args.env, args.frames))
+    if "default_ms" in result:
+        result["times_faster"] = round(result["default_ms"] / result["ours_ms"], 1)
+    print(json.dumps({"env": args.env, **result, "frames": args.frames}))
 
 
 if __name__ == "__main__":
