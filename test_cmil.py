@@ -1209,6 +1209,18 @@ def test_every_method_trains_and_resumes(algo, tmp_path):
     assert len(played) == (0 if changes.get("offline") else 3)
 
 
+@pytest.mark.parametrize("algo", list(cmil.ALGOS))
+def test_min_std_holds_in_every_method(algo):
+    """However small the networks would have it, the policy's std is what --min-std allows."""
+    agent, _ = agent_and_replay(algo, min_std=.04)
+    actor, = (m for net in agent.networks.values() for m in net.modules()
+              if isinstance(m, cmil.Actor))
+    with torch.no_grad():
+        actor.layers[-1].bias[2:] = -100
+    policy = actor(torch.randn(3, actor.layers[0].in_features))
+    torch.testing.assert_close(policy.scale, torch.full((3, 2), .04))
+
+
 def test_match_is_literally_eq_8():
     """<x, y> / max(|x|, |y|)^2, by hand and in loops; 1 for equals, and zero vectors are no NaN."""
     x, y = torch.tensor([3., 4.]), torch.tensor([1., 2.])
