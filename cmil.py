@@ -1380,7 +1380,7 @@ class Trainer:
         results, video = self.with_workers(lambda: rollouts(
             self.agent, self.vec, self.T, c.eval_episodes, c.seed, EVALUATE, c.eval_sample,
             self.breathe))
-        envs.save_gif(videos / f"eval-{self.step:07d}.gif", video)
+        envs.save_gif(videos / f"eval-{self.step:07d}.gif", video, self.vec)
         if isinstance(self.agent, Agent):
             with kept_rng(self.agent.device):  # a demo's window, and what five frames foretell
                 image, action = self.replay.sample_demos(1)
@@ -1389,7 +1389,7 @@ class Trainer:
                              predicted[:, 0].cpu().numpy())
         means = {f"eval/{key}": float(value.mean()) for key, value in results.items()}
         self.log(means)
-        text = ", ".join(f"{key[5:]} {value:.2f}" for key, value in means.items())
+        text = ", ".join(f"{key[5:]} {value:.3f}" for key, value in means.items())
         envs.say(f"step {self.step} evaluation ({c.eval_episodes} episodes, "
                  f"{time.monotonic() - start:.0f} s): {text}")
         self.last_success = means["eval/success"]
@@ -1674,7 +1674,7 @@ def evaluate_run(run, episodes, video, explicit):
                       "success_ci95": bootstrap_ci(results["success"]), **means, "seed": c.seed,
                       "sampled": c.eval_sample, "update": agent.updates}))
     if video:
-        envs.save_gif(video, frames)
+        envs.save_gif(video, frames, vec)
 
 
 def main(argv=None):

@@ -600,15 +600,16 @@ def baoding_model():
 class Baoding(Simulated):
     """Turn two balls about each other in the palm: 20 joint targets, 75 steps of 0.1 s.
 
-    Each ball has an invisible target on an ellipse above the palm. The targets start where the
-    balls lie and go round clockwise, seen from above, once in 60 steps. Success, known at the end
-    of the episode: no ball was dropped, the pair turned by at least 88% of what was commanded (1.1
-    turns in 75 steps), and balls were at most 20 mm from their targets on average. info also has
-    `rotation` (net turns in the commanded direction, up to a drop), `error` (m: mean distance of
-    balls and targets so far, seen from above, a lost ball's being 0.1) and `dropped`.
+    Each ball has an invisible target on an ellipse above the palm. The targets start at the angle
+    of the line through the balls (which lie some 23 mm away) and go round clockwise, seen from
+    above, once in 60 steps. Success, known at the end of the episode: no ball was dropped, the pair
+    turned by at least 88% of what was commanded (1.1 turns in 75 steps), and balls were at most 20
+    mm from their targets on average. info also has `rotation` (net turns in the commanded
+    direction, up to a drop), `error` (m: mean distance of balls and targets so far, seen from
+    above, at most 0.1 each) and `dropped`.
     reward: 1 where both balls are within 25 mm of their targets and none was dropped.
     The hand adds noise to every action: without it, the actions of one demonstration, repeated
-    blindly, turn the balls from most starts, and there is nothing to see.
+    blindly, turn the balls from many other starts, and there is little to see.
     """
 
     metadata = {**PixelEnv.metadata, "render_fps": 10}
@@ -652,6 +653,12 @@ class Baoding(Simulated):
         """Where the balls should be after `step` (...) steps -> (..., 2, 2): ball, x and y, m."""
         angle = self.phase - 2 * np.pi * np.asarray(step)[..., None] / self.PERIOD + [0, np.pi]
         return self.CENTRE + self.AXES * np.stack([np.cos(angle), np.sin(angle)], -1)
+
+    def commanded(self, steps):
+        """Turns of the line through targets that begin along x, as they do but for some degrees."""
+        angle = 2 * np.pi * np.arange(steps + 1) / self.PERIOD
+        x, y = self.AXES[:, None] * (np.cos(angle), np.sin(angle))         # not at an even pace
+        return np.unwrap(np.arctan2(y, x))[-1] / (2 * np.pi)
 
     def _simulate(self, action):
         import mujoco
@@ -699,7 +706,7 @@ class Baoding(Simulated):
     def _tasks(self):
         steps = len(self._errors)
         done = steps == self.episode_steps and not self.dropped and (
-            self._turned >= self.TURNED * steps / self.PERIOD
+            self._turned >= self.TURNED * self.commanded(steps)
             and np.mean(self._errors) <= self.NEAR)
         return ("turn",) if done else ()
 
@@ -1131,7 +1138,7 @@ def _state_episodes(file, arrays, env, name, limit, gl):
     _expect(np.isfinite(qpos).all(), file, "qpos has NaN or infinite entries")
     shape = len(qpos), qpos.shape[1] - 1, env.action_dim
     action = _checked_actions(file, arrays["action"], shape)
-    digest, started = hashlib.sha256(Path(file).read_bytes()).hexdigest(), time.monotonic()
+    digest, started = _digest(file, env.model), time.monotonic()
     episodes, rows, count = [], env.episode_steps + 1, min(limit, len(qpos))
     for i in range(count):
         image = _cached_images(qpos[i, :rows], env, (digest, i, gl or env.gl_renderer))
@@ -1143,6 +1150,14 @@ def _state_episodes(file, arrays, env, name, limit, gl):
             _say(f"drawing the demonstrations of {file}: {i + 1} of {count} "
                  "(kept in the cache for the next time)")
     return episodes
+
+
+def _digest(file, model):
+    """A hash of the file and of all that the model says about what is drawn."""
+    import mujoco
+    drawn = np.empty(mujoco.mj_sizeModel(model), np.uint8)
+    mujoco.mj_saveModel(model, None, drawn)
+    return hashlib.sha256(Path(file).read_bytes() + drawn.tobytes()).hexdigest()
 
 
 def _cached_images(qpos, env, key):
@@ -1246,12 +1261,12 @@ def save_atomically(path, write, old=None):
         temporary.unlink(missing_ok=True)
 
 
-def save_gif(path, frames, fps=12, scale=4):
-    """frames uint8 (T, 64, 64, 3) -> an endless GIF, `scale` times as large."""
+def save_gif(path, frames, env, scale=4):
+    """frames uint8 (T, 64, 64, 3) -> an endless GIF at env's pace, `scale` times as large."""
     import imageio
     large = np.asarray(frames).repeat(scale, 1).repeat(scale, 2)
     save_atomically(path, lambda file: imageio.mimsave(
-        file, list(large), format="GIF", duration=1000 / fps, loop=0))
+        file, list(large), format="GIF", duration=1000 / env.metadata["render_fps"], loop=0))
 
 
 def save_errors(path, truth, predicted, columns=10, scale=2):

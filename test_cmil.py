@@ -1949,11 +1949,14 @@ def test_all_environments_are_evaluated_with_modes(tmp_path):
 
 
 def test_gif(tmp_path):
-    """save_gif writes all frames, enlarged, readable by imageio."""
+    """save_gif writes all frames, enlarged, at the environment's pace, readable by imageio."""
     import imageio.v3 as iio
     frames = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
-    envs.save_gif(tmp_path / "x.gif", frames)
-    assert iio.imread(tmp_path / "x.gif").shape[:3] == (6, 256, 256)
+    for env in (envs.Point, envs.Baoding):
+        envs.save_gif(tmp_path / "x.gif", frames, env)
+        assert iio.imread(tmp_path / "x.gif").shape[:3] == (6, 256, 256)
+        assert iio.immeta(tmp_path / "x.gif")["duration"] == 1000 // env.metadata["render_fps"] // (
+            10) * 10                                                     # a GIF counts in 10 ms
 
 
 # ------------------------------------------------------------------------------------ training
@@ -3357,6 +3360,35 @@ def test_curves_have_the_experts_line(env, tasks, demos, lines, figures, tmp_pat
     assert [height for _, height in drawn] == list(lines.values())
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no matplotlib")
+def test_environments_have_only_their_own_panels(figures, tmp_path, monkeypatch):
+    """Beside each other, the kitchen has success and tasks, Baoding success and rotation; the
+    demonstrations' rotation is drawn for episodes as long as theirs."""
+    pictures, runs = [], []
+    monkeypatch.setattr(figures, "save", lambda figure, out: pictures.append(figure))
+    for name, config, extra in (("kitchen", {"env": "kitchen"}, {"eval/tasks": 2}),
+                                ("baoding", {"env": "baoding"}, {"eval/rotation": .7})):
+        runs.append(fake_run(tmp_path / name, 0))
+        (tmp_path / name / "config.json").write_text(json.dumps({
+            "config": {**config, "algo": "cmil"}}))
+        lines = [{"step": s, "update": s, "time": s, "eval/success": .5, "eval/tasks": .5, **extra}
+                 for s in (0, 100)]
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines))
+    figures.plot(runs, "x.png")
+    seen = {(axis.get_subplotspec().colspan.start, axis.get_ylabel()): axis
+            for axis in pictures[0].axes if axis.get_visible()}
+    assert sorted(seen) == [(0, "success rate"), (0, "tasks completed"), (1, "rotation (turns)"),
+                            (1, "success rate")]
+    for place, axis in seen.items():
+        assert bool(axis.get_xlabel()) == (place[1] != "success rate")
+    assert len(seen[1, "rotation (turns)"].lines) == 2                   # curve, demonstrations
+    (tmp_path / "baoding" / "config.json").write_text(json.dumps({
+        "config": {"env": "baoding", "episode_steps": 50, "algo": "cmil"}}))
+    figures.plot(runs[1:], "x.png")
+    assert [len(axis.lines) for axis in pictures[1].axes] == [1, 1]
+
+
 @pytest.mark.parametrize("problem", ["empty", "missing", "damaged", "no evaluation", "folder"])
 def test_plot_of_a_bad_run(problem, figures, tmp_path, capsys):
     """One line that names the run, exit code 2."""
@@ -4231,6 +4263,10 @@ def test_demos_go_through_render_state(simulator, name, monkeypatch, tmp_path):
     assert calls[0][2:] == calls[3][2:]                  # the same camera and detail
     envs.load_demos("", name, 1, episode_steps=2)
     assert len(calls) == 4                               # the second time they come from the cache
+    if name == "baoding":                                # but not those of another model
+        monkeypatch.setattr(envs, "BAODING_XML", envs.BAODING_XML.replace("0.84 0.49", "0.84 0.4"))
+        envs.load_demos("", name, 1, episode_steps=2)
+        assert len(calls) == 7
 
 
 def bad_state_demo(problem):
@@ -4515,9 +4551,20 @@ def test_what_counts_as_turning_the_balls(hand, case, turns, error, dropped, suc
 
 @needs_kitchen
 def test_the_reward_of_baoding(dark):
-    """1 for a step with both balls near their targets: demonstrations nearly always, stillness
-    hardly ever."""
+    """1 for a step with both balls within 25 mm of their targets and none dropped: demonstrations
+    nearly always, stillness hardly ever."""
     demos, env = stored_demos("baoding"), envs.make_env("baoding")
+    for aside, lowest, reward in ((.024, .16, 1), (.026, .16, 0), (0, .099, 0), (0, .101, 1)):
+        env.reset(seed=0)
+        rows = rolled(env, 1.25, aside=aside)
+        rows[1, env._balls[1] + 2] = lowest
+        env._begin(rows[0])
+
+        def place(action):
+            env.data.qpos[:] = rows[1]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(env, "_simulate", place)
+            assert env._step(np.zeros(20)) == reward
     for action, low, high in ((demos["action"][0], 55, 75), (np.zeros((75, 20)), -1, 20)):
         env.reset(seed=int(demos["seed"][0]))
         assert low < sum(env.step(a)[1] for a in action) <= high
@@ -4526,7 +4573,7 @@ def test_the_reward_of_baoding(dark):
 
 @needs_kitchen
 def test_a_demonstration_cannot_be_repeated_blindly(dark):
-    """The noise on actions differs from seed to seed: other starts need other actions."""
+    """Other starts, and other noise on the actions, need other actions."""
     demos, env = stored_demos("baoding"), envs.make_env("baoding")
     solved = []
     for i in range(6):
@@ -4535,6 +4582,41 @@ def test_a_demonstration_cannot_be_repeated_blindly(dark):
         solved.append(infos[-1]["success"])
     env.close()
     assert sum(solved) <= 3, solved
+
+
+@needs_kitchen
+def test_baoding_adds_noise_to_actions(hand, monkeypatch):
+    """What the joints are told is the action and noise of std .05, clipped to [-1, 1]; it is drawn
+    anew at each step and for each seed."""
+    told = calls_of(monkeypatch, hand, "_simulate", lambda real, action: None)
+    action, noises = np.full(20, .3), []
+    action[0] = 1
+    for seed in (0, 1):
+        hand.reset(seed=seed)
+        told.clear()
+        for _ in range(200):
+            hand._step(action)
+        noises.append(np.array(told)[:, 0] - action)                     # (200, 20)
+    noise, other = noises
+    assert abs(noise[:, 1:].std() - .05) < .003 and abs(noise[:, 1:].mean()) < .004
+    assert noise[:, 0].max() == 0 > noise[:, 0].min()                    # never above 1
+    assert not np.allclose(noise[0], noise[1]) and not np.allclose(noise[0], other[0])
+
+
+@needs_kitchen
+@pytest.mark.parametrize("steps", [10, 25, 36, 60, 75])
+def test_what_is_commanded_of_a_shorter_episode(dark, steps):
+    """Balls on their targets succeed at any length, those at four fifths of their pace never do;
+    in 75 steps 1.1 turns are asked for. Oracle: the turns of a finely cut path."""
+    env = envs.make_env("baoding", episode_steps=steps)
+    assert env.commanded(steps) == pytest.approx(turned(steps / 60), abs=1e-6)
+    path = rolled(env, 1.25)[:steps + 1]
+    assert env.tasks_in(path) == ("turn",)
+    slow = np.stack([[np.interp(.8 * k, range(76), column) for column in rolled(env, 1.25).T]
+                     for k in range(steps + 1)])
+    assert turned(.8 * steps / 60) < .88 * turned(steps / 60) and env.tasks_in(slow) == ()
+    assert .88 * env.commanded(75) == pytest.approx(1.1)
+    env.close()
 
 
 @needs_kitchen
@@ -4610,6 +4692,51 @@ def test_what_the_demonstrations_are_worth(dark, capsys):
     assert line["success"] == 1 and line["rotation"] > 1.1 and (line["seed"], line["episodes"]) == (
         3, 2)
     env.close()
+
+
+@needs_kitchen
+def test_the_baoding_expert_looks_ahead_in_the_same_simulator(maker, hand):
+    """Where its plans end up is where the environment's own steps would, without noise."""
+    hand.reset(seed=0)
+    expert = maker.Expert(hand, maker.Search(3, 4), np.random.default_rng(0),
+                          maker.Pool(hand.model, 1))
+    plans = np.clip(expert.plan + expert.noise(), -1, 1)                 # (N, H, 20)
+    found = expert.simulate(plans, hand.data)                            # (N, H, 2, 3)
+    for n in range(3):
+        hand.reset(seed=0)
+        for h in range(4):
+            hand._simulate(plans[n, h])
+            assert np.abs(hand.balls_in(hand.data.qpos) - found[n, h]).max() < 1e-9
+    assert np.abs(found[0] - found[1]).max() > 1e-5
+
+
+@needs_kitchen
+def test_one_search_of_the_baoding_expert(maker, hand, monkeypatch):
+    """The plan is pulled to the reference, the new one is the mean of the samples by weight; its
+    first action is executed (never below 0 for a joint that starts at its limit) and it moves on by
+    one step. Oracle: the rule of the file's head, in loops, on given noise and costs."""
+    search = maker.Search(samples=30, horizon=3, pull=.25)
+    reference = np.linspace(-.4, .4, 5)[:, None] * np.ones(20)
+    expert = maker.Expert(hand, search, np.random.default_rng(0), None, reference)
+    assert np.array_equal(expert.plan, reference[:3])
+    noise = np.random.default_rng(1).normal(size=(30, 3, 20)) * .3
+    cost = np.random.default_rng(2).uniform(1, 3, 30)
+    monkeypatch.setattr(expert, "noise", lambda: noise)
+    monkeypatch.setattr(expert, "simulate", lambda plans, data: None)
+    monkeypatch.setattr(expert, "cost", lambda t, plans, balls: cost)
+    pulled = .75 * reference[:3] + .25 * reference[[3, 4, 4]]            # at t = 3: its end goes on
+    samples = np.clip(pulled + noise, -1, 1)
+    temperature = .5 * (np.quantile(cost, .1) - cost.min())
+    weight = [math.exp(-(x - cost.min()) / temperature) for x in cost]
+    plan = sum(w * sample for w, sample in zip(weight, samples)) / sum(weight)
+    action = expert.act(3, None)
+    rests = {hand.model.actuator(i).name.replace("robot0:A_", "") for i in range(20)
+             if expert.least[i] == 0}
+    assert rests == {"MFJ2", "LFJ2", "LFJ4"}
+    assert action.dtype == np.float32
+    assert np.allclose(action, [max(a, 0) if least == 0 else a
+                                for a, least in zip(plan[0], expert.least)], atol=1e-6)
+    assert np.allclose(expert.plan, plan[[1, 2, 2]])
 
 
 @needs_kitchen

@@ -10,7 +10,7 @@ is their mean, weighted by exp(-cost / temperature); it executes the plan's firs
     cost           c_t+1 ... c_t+H        mean over the horizon, the last one twice
     new plan  sum_n w_n a(n)              then shifted by one step: it starts the next search
 
-Unguided, this finds a way to turn the balls, with rough actions, in most episodes (stage 1). An
+Unguided, this finds a way to turn the balls, with rough actions, in some episodes (stage 1). An
 episode that succeeded is then a REFERENCE for easier searches: the plan is pulled to it, so fewer
 samples do, and deviation and roughness cost something. Six guided episodes, averaged and smoothed,
 are a smoother reference (stages 2 and 3) for the demonstrations (stage 4). Smoothing what was
@@ -166,7 +166,7 @@ def collect(env, pool, n, seed, search, reference=None):
                  "requirements.txt?")
         began = time.time()
         demo, info = episode(env, seed + tries, search, pool, reference)
-        print(f"seed {seed + tries}: {'kept' if info['success'] else 'dropped'}, "
+        print(f"seed {seed + tries}: {'kept' if info['success'] else 'discarded'}, "
               f"{info['rotation']:.2f} turns, error {1e3 * info['error']:.1f} mm, "
               f"{'a ball fell, ' if info['dropped'] else ''}roughness "
               f"{roughness(demo['action']):.3f}, {time.time() - began:.0f} s", flush=True)

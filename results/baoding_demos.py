@@ -7,10 +7,10 @@ blind   The demonstrations' actions repeated open loop: each under its own seed,
         seeds, their mean under twenty others, and each under its own seed with noise added.
 clone   A network from the simulator's positions and velocities to the action (no pixels), fitted to
         the demonstrations, and to as many rougher ones from the same resets on: guided by a single
-        unguided success, as it is, where the demonstrations' reference is the mean of twelve
-        guided ones. Three networks for each; each plays twenty episodes. unexplained: of the
-        variance of the actions about their mean at each step, the share left on four episodes by a
-        network that was fitted to the other sixteen.
+        unguided success, as it is, where the demonstrations' reference is the smoothed mean of six
+        episodes, guided by that of six others. Three networks for each; each plays twenty episodes.
+        unexplained: of the variance of the actions about their mean at each step, the share left on
+        four episodes by a network that was fitted to the other sixteen.
 
 One line of JSON for each measurement; nothing is drawn.
 """

@@ -24,7 +24,7 @@ from cmil import RESUME_MAY_CHANGE, bootstrap_ci, die  # noqa: E402  (one folder
 
 # What is drawn: name in metrics.jsonl -> label of the axis.
 MEASURES = {"eval/success": "success rate", "eval/tasks": "tasks completed",
-            "eval/rotation": "rotation"}
+            "eval/rotation": "rotation (turns)"}
 # What the demonstrations that ship with an environment reach (each of them succeeds).
 EXPERT = {"kitchen": {"eval/success": 1, "eval/tasks": 4}, "point": {"eval/success": 1},
           "baoding": {"eval/success": 1, "eval/rotation": 1.26}}
@@ -100,13 +100,15 @@ def grouped(runs):
 def plot(runs, out, x="step"):
     """Draw the learning curves of `runs` (folders) into the picture `out`; x: see X_LABELS."""
     groups, plt = grouped(runs), pyplot()
-    entries = [entry for methods in groups.values() for seeds in methods.values()
-               for _, _, log in seeds for entry in log]
+    entries = {env: [entry for seeds in methods.values() for _, _, log in seeds for entry in log]
+               for env, methods in groups.items()}
     own = {env for env, methods in groups.items() for seeds in methods.values()  # not of EXPERT
-           for _, config, _ in seeds if config.get("demos")}
-    measures = ["eval/success"] + [  # where there is one task, its count is the success again
-        key for key in list(MEASURES)[1:]
-        if any(key in e and e[key] != e["eval/success"] for e in entries)]
+           for _, config, _ in seeds if config.get("demos")
+           or env == "baoding" and config.get("episode_steps", 0) not in (0, 75)}
+    tells = {env: [key for key in MEASURES if key == "eval/success" or any(
+        key in e and e[key] != e["eval/success"] for e in found)]  # of one task it is the same
+        for env, found in entries.items()}
+    measures = [key for key in MEASURES if any(key in keys for keys in tells.values())]
     algos = sorted({algo for methods in groups.values() for algo in methods})
     figure, axes = plt.subplots(len(measures), len(groups), squeeze=False, sharex="col",
                                 layout="constrained",
@@ -114,6 +116,9 @@ def plot(runs, out, x="step"):
     for column, (env, methods) in enumerate(groups.items()):
         for row, key in enumerate(measures):
             axis = axes[row, column]
+            if key not in tells[env]:
+                axis.set_visible(False)
+                continue
             for algo, seeds in sorted(methods.items()):
                 points = curve([log for _, _, log in seeds], key, x)
                 if points is None:
@@ -139,7 +144,9 @@ def plot(runs, out, x="step"):
             elif key == "eval/tasks":
                 axis.set_ylim(bottom=-0.1, top=max(1.1, axis.get_ylim()[1]))
         axes[0, column].set_title(env)
-        axes[-1, column].set_xlabel(X_LABELS[x])
+        lowest = axes[measures.index(tells[env][-1]), column]
+        lowest.set_xlabel(X_LABELS[x])
+        lowest.tick_params(labelbottom=True)
     save(figure, out)
 
 
