@@ -203,7 +203,7 @@ ENV_PRESETS = {
     ("kitchen", "small"): dict(SIMULATED, batch=12, length=20,
                                episode_steps=175),  # the expert is done by ~160 and then rests
     ("baoding", "paper"): dict(length=25),  # [C]
-    ("baoding", "small"): dict(SIMULATED, batch=10, length=25, steps=37_500),
+    ("baoding", "small"): dict(SIMULATED, batch=10, length=25, steps=28_000),
 }
 
 # What --eval may change, and a resumed run; any other difference is refused.
