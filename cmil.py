@@ -28,7 +28,7 @@ EQUATIONS   [P]: the L4DC paper; [W]: its workshop version; [C]: the released co
 SYMBOLS     L window length, B windows, N = L B imagination starts, H horizon, K prior heads,
             m critics, A action size, E embedding, S stoch, D deter, F = S + D feat, T steps (of
             an episode, or any). Tensors are time-major. post = q(s_t|...), prior = T_i(s_t|...),
-            feat = [stoch, deter], logit = D before its sigmoid.
+            feat = [stoch, deter], logit = that of the discriminator D(s,a), before its sigmoid.
 
 TIME        action[t] LED TO image[t] (row 0: the reset image, a zero action). The paper's pair
             (s_t, a_t) is therefore (feat[t], action[t+1]); state_action_pairs() alone makes it.
@@ -48,8 +48,8 @@ ALGORITHM   load the demos into the replay
                 world model        step on [P1], R
                 imagine            from every posterior of R: H steps of policy and prior
                 discriminator      step on [P8], pairs of E against imagined pairs
-                actor              step on [W6], through dynamics, D, disagreement, critics
                 critics            step on [W9]; now and then copy them to the targets
+                actor              step on [W6], through dynamics, D, disagreement, critics
 
 Departures from the paper and the released code: README.md, each with its line here.
 """
@@ -62,14 +62,11 @@ import json
 import math
 import os
 import pathlib
-import platform
 import signal
-import subprocess
 import sys
 import time
 import warnings
 import zipfile
-from importlib import metadata
 from typing import NamedTuple
 
 import numpy as np
@@ -122,7 +119,7 @@ class Config:
     tasks: str = opt("", "kitchen: tasks joined by +, such as microwave+kettle; empty: all four")
     episode_steps: int = opt(0, "episode length; 0: the environment's own", least=0)
     robot_noise_ratio: float = opt(0.01, "kitchen: noise of the robot's joints and motors", least=0)
-    num_envs: int = opt(5, "environments in lockstep [C: 2 updates every 5 steps]")
+    num_envs: int = opt(5, "environments in lockstep")
     demos: str = opt("", "file or folder of demonstrations; empty: those that ship with env")
     num_demos: int = opt(0, "use so many demonstrations; 0: all (point: 10)", least=0)
     # Logging
@@ -149,7 +146,7 @@ class Config:
     horizon: int = opt(15, "H, imagined steps")
     pretrain: int = opt(1000, "updates of world model and cloning on the demos alone", least=0)
     seed_steps: int = opt(5000, "environment steps of the clone before more updates", least=0)
-    train_ratio: float = opt(0.4, "updates for each environment step", least=0)
+    train_ratio: float = opt(0.4, "updates for each environment step [C: 2 every 5]", least=0)
     offline: bool = opt(False, "never act: as many updates as an online run, from the demos alone")
     # Losses
     free_nats: float = opt(1.0, "KL below this is free (mean over batch and time) [D2]", least=0)
@@ -175,7 +172,7 @@ class Config:
     adam_eps: float = opt(1e-5, "Adam's epsilon")
     clip: float = opt(100.0, "global gradient norm of each network")
     weight_decay: float = opt(1e-6, "every step multiplies the weights by 1 minus this", least=0)
-    target_every: int = opt(100, "updates between two steps of the targets to the critics")
+    target_every: int = opt(100, "updates between two moves of the targets to the critics")
     tau: float = opt(1.0, "how far they go: 1 copies the critics", least=0, most=1)
 
 
@@ -194,11 +191,11 @@ PRESETS = {
         batch=4, length=8, horizon=4, pretrain=20, seed_steps=100, train_ratio=0.1),
 }
 
-# What an environment needs beside its preset: (env, preset) -> overrides.
+# What an environment needs beside its preset: (env, preset) -> overrides. With the paper's sigma D
+# is blind to single pixels: the policy cuts corners. With a smaller image_std it sees more of them.
 SIMULATED = dict(steps=40_000, eval_every=3_000, eval_episodes=10, sigma=0.5, image_std=0.3,
                  conv_depth=12)
 ENV_PRESETS = {
-    # With the paper's sigma the discriminator is blind to single pixels: the policy cuts corners.
     ("point", "small"): dict(sigma=0.5, steps=6_000),
     ("kitchen", "small"): dict(SIMULATED, batch=12, length=20,
                                episode_steps=175),  # the expert is done by ~160 and then rests
@@ -316,10 +313,9 @@ class EnsembleMLP(nn.Module):
         sizes = [inputs] + [units] * layers + [outputs]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for i, o in zip(sizes, sizes[1:]):
-            weight = torch.empty(heads, i, o)
-            for head in weight:  # head by head: on the 3-D tensor xavier would get the fan wrong
-                nn.init.xavier_uniform_(head)
-            self.weights.append(nn.Parameter(weight))
+            # Head by head: on the 3-D tensor xavier would get the fan wrong.
+            weight = [nn.init.xavier_uniform_(torch.empty(i, o)) for _ in range(heads)]
+            self.weights.append(nn.Parameter(torch.stack(weight)))
             self.biases.append(nn.Parameter(torch.zeros(heads, 1, o)))
 
     def forward(self, x, member=None):
@@ -380,7 +376,7 @@ class Decoder(nn.Module):
 class Actor(nn.Module):
     """pi(a|s): a truncated normal on [-1, 1]."""
 
-    def __init__(self, feat, action, units, layers, min_std=0.1):
+    def __init__(self, feat, action, units, layers, min_std):
         super().__init__()
         self.min_std, self.layers = min_std, mlp(feat, units, layers, 2 * action)
 
@@ -699,9 +695,8 @@ class Optimizer:
         self.params = list(module.parameters())
         self.clip, self.capturable = c.clip, self.params[0].is_cuda and c.graph != "off"
         # AdamW multiplies weights by 1 - lr * weight_decay; the method wants 1 - c.weight_decay.
-        self.adam = torch.optim.AdamW(self.params, lr, eps=c.adam_eps, fused=True,
-                                      weight_decay=c.weight_decay / lr,
-                                      capturable=self.capturable)
+        self.adam = torch.optim.AdamW(self.params, lr, eps=c.adam_eps, capturable=self.capturable,
+                                      fused=True, weight_decay=c.weight_decay / lr)
         self.skipped = torch.zeros((), device=self.params[0].device)      # in all
         self.skipped_now = torch.zeros_like(self.skipped)                 # in a row
 
@@ -760,13 +755,13 @@ class Graphed:
                 self.info = self.step(replay)
             self.graph, self.replay = graph, replay
         except RuntimeError as error:
-            cause = str(error.__context__ or error).splitlines()[0]  # not what ending it then said
+            cause = str(error.__context__ or error).splitlines()[0]  # that of leaving it says less
             reason = f"an update cannot be recorded as a CUDA graph ({cause})"
             if self.mode == "on":
                 die(f"--graph on: {reason}; use --graph auto or off")
             print(f"cmil: {reason}; going on without", file=sys.stderr)
             self.wanted, Graphed.failed = False, True
-            # It may leave behind its stream, and (older torch) a generator that is still recorded.
+            # The recording may have left its stream current, and (older torch) a generator caught.
             torch.cuda.set_stream(current)
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
@@ -787,12 +782,7 @@ class Learner:
             self.modules["targets"] = self.targets
         self.opts = {name: Optimizer(network, c.disc_lr if name == "disc" else c.lr, c)
                      for name, network in networks.items()}
-        self.record_anew()
-
-    def record_anew(self):
-        """Forget recorded graphs: they hold on to memory and to the tensors of their making."""
-        self.graphed_clone_step = Graphed(self.clone_step, self.device, self.c.graph)
-        self.graphed_gradient_step = Graphed(self.gradient_step, self.device, self.c.graph)
+        self.graphed = None  # the step that is being repeated
 
     def autocast(self):
         """bfloat16 for convolutions and MLPs; what follows them is cast back to float32."""
@@ -801,16 +791,17 @@ class Learner:
 
     def clone_update(self, replay):
         """One clone_step, as a graph on CUDA, and what the host does after it -> info."""
-        return self.count(self.graphed_clone_step(replay))
+        return self.repeat(self.clone_step, replay)
 
     def update(self, replay):
         """One gradient_step, likewise."""
-        if self.graphed_clone_step.graph:
-            self.record_anew()  # the start is over
-        return self.count(self.graphed_gradient_step(replay))
+        return self.repeat(self.gradient_step, replay)
 
-    def count(self, info):
-        """Count the update; on schedule move the targets towards what they follow."""
+    def repeat(self, step, replay):
+        """Take and count a step; on schedule move the targets towards what they follow."""
+        if self.graphed is None or self.graphed.step != step:  # the last one's graph is let go
+            self.graphed = Graphed(step, self.device, self.c.graph)
+        info = self.graphed(replay)
         self.updates += 1
         if "targets" in self.modules and self.updates % self.c.target_every == 0:
             for target, source in zip(self.targets.parameters(), self.followed.parameters()):
@@ -830,7 +821,7 @@ class Learner:
         return {"skipped": sum(o.skipped for o in self.opts.values())}
 
     def state_dict(self):
-        """A deep copy on the CPU of all that an update changes: tensors and plain values only."""
+        """A deep copy of all that an update changes: tensors and plain values only."""
         modules = {name: module.state_dict() for name, module in self.modules.items()}
         opts = {n: {"adam": o.adam.state_dict(), "skipped": o.skipped, "skipped_now": o.skipped_now}
                 for n, o in self.opts.items()}
@@ -838,8 +829,7 @@ class Learner:
                  "rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["rng_cuda"] = torch.cuda.get_rng_state(self.device)
-        return torch.utils._pytree.tree_map(
-            lambda x: x.detach().cpu().clone() if torch.is_tensor(x) else x, state)
+        return copy.deepcopy(state)
 
     def load_state_dict(self, state):
         for name, weights in state["modules"].items():
@@ -854,7 +844,7 @@ class Learner:
         torch.set_rng_state(state["rng"])
         if "rng_cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng_cuda"], self.device)
-        self.record_anew()
+        self.graphed = None  # it would go on with the tensors of before
 
 
 # --- The agent: acting, and the gradient step -----------------------------------------------------
@@ -871,7 +861,7 @@ class Agent(Learner):
     """CMIL: everything that learns. c: Config; action: A; device: torch.device."""
 
     def __init__(self, c, action, device):
-        sizes = c.stoch + c.deter, action, c.units, c.layers
+        sizes, self.action_size = (c.stoch + c.deter, action, c.units, c.layers), action
         critics = Critics(c.critics, *sizes)
         super().__init__(c, device, critics, world=WorldModel(c, action),
                          actor=Actor(*sizes, c.min_std), critics=critics,
@@ -885,8 +875,8 @@ class Agent(Learner):
         rssm, actor = self.world.rssm, self.actor
         with self.autocast():
             if carry is None:
-                size = actor.layers[-1].out_features // 2
-                carry = rssm.initial(len(image)), torch.zeros(len(image), size, device=self.device)
+                carry = rssm.initial(len(image)), image.new_zeros(
+                    len(image), self.action_size, dtype=torch.float32)
             embed, weight = rssm.post_first(self.world.encoder(to_float(image)))
             noise = torch.randn_like(carry[0].stoch) * float(sample)
             state = rssm.step_post(*carry, embed, weight, noise)
@@ -903,6 +893,7 @@ class Agent(Learner):
             post = self.world.rssm.observe(self.world.encoder(image), action)
             world_loss, info = world_model_loss(self.world, image, post, c)             # [P1]
             bc_loss = clone_loss(self.actor, post.feat.detach(), action)
+        # Without beta (vmail, dgail, ditto) there is no cloning at all.
         losses = {"world": world_loss, "actor": bc_loss} if c.beta else {"world": world_loss}
         return self.apply(losses, {**info, "bc": bc_loss})
 
@@ -971,7 +962,7 @@ class Agent(Learner):
         return to_uint8(self.world.decoder(feat)), torch.stack(spreads)
 
     def report(self, replay):
-        """Extras for a log line: [C]'s estimate of [P9], open loop along the expert's actions."""
+        """For a log line: [P9] along the expert's actions, after five frames ([C]: after any)."""
         with self.autocast():
             _, spread = self.open_loop(*replay.sample_demos(self.c.batch))
         return {**super().report(replay), "uncertainty_expert": spread.mean()}
@@ -1057,12 +1048,13 @@ class PixelDAC(PixelAgent):
     Departures: D and actor see the critics' embedding (DrQ-v2: a trunk each); other networks and
     rates are CMIL's; episodes have a fixed length, hence no absorbing states; a batch is all of B
     windows; an episode's first two rows act on repeated frames, which training does not show."""
-    FRAMES, STEPS, PENALTY, EMBED, clone_step = 3, 3, 10.0, 50, None
+    FRAMES, STEPS, PENALTY, EMBED = 3, 3, 10.0, 50
+    clone_step = None  # no start: all is learned from play
 
     def __init__(self, c, action, device):
         layers = Encoder(c.conv_depth, 3 * self.FRAMES)
-        encoder = nn.Sequential(layers, nn.Linear(layers.size, self.EMBED),  # DrQ-v2's trunk: its
-                                nn.LayerNorm(self.EMBED), nn.Tanh())         # output is bounded
+        encoder = nn.Sequential(layers, nn.Linear(layers.size, self.EMBED),
+                                nn.LayerNorm(self.EMBED), nn.Tanh())        # DrQ-v2's trunk
         sizes = self.EMBED, action, c.units, c.layers
         heads = Critics(c.critics, *sizes)
         Learner.__init__(
@@ -1083,7 +1075,7 @@ class PixelDAC(PixelAgent):
     def gradient_step(self, replay):
         c = self.c
         with self.autocast():
-            embed, action = self.embed(*replay.draw(replay.demo_starts, replay.starts, c.batch))
+            embed, action = self.embed(*replay.draw(replay.n_demo_starts, replay.n_starts, c.batch))
             with torch.no_grad():
                 expert = state_action_pairs(*self.embed(*replay.sample_demos(c.batch)))
             e = embed.detach()
@@ -1136,17 +1128,17 @@ AGENTS = {"bc": PixelAgent, "ditto": Ditto, "pdac": PixelDAC}  # the other metho
 class Replay:
     """All episodes, demos first, in two preallocated tensors on the learner's device.
 
-    Rows are in stored order (action[t] led to image[t]). `start` lists every row at which a window
-    of `length` rows lies inside one episode; how many there are is a tensor, filled in place, so
+    Rows are in stored order (action[t] led to image[t]). `start_rows` has the rows at which a
+    window of `length` rows within one episode begins; how many is a tensor, filled in place, so
     that sampling needs no host synchronisation and fits a CUDA graph. Memory is taken at once."""
 
     def __init__(self, capacity, length, action, device):
         self.length, self.rows, self.windows = length, 0, 0
         self.image = torch.full((capacity, 64, 64, 3), 0, dtype=torch.uint8, device=device)
         self.action = torch.empty(capacity, action, device=device)
-        self.start = torch.empty(capacity, dtype=torch.long, device=device)
-        self.starts = torch.zeros((), dtype=torch.long, device=device)
-        self.demo_starts = torch.zeros_like(self.starts)
+        self.start_rows = torch.empty(capacity, dtype=torch.long, device=device)
+        self.n_starts = torch.zeros((), dtype=torch.long, device=device)
+        self.n_demo_starts = torch.zeros_like(self.n_starts)
         self.offset = torch.arange(length, device=device)[:, None]          # (L, 1)
 
     def add(self, image, action, demo=False):
@@ -1154,27 +1146,27 @@ class Replay:
         rows, new = slice(self.rows, self.rows + len(image)), len(image) - self.length + 1
         self.image[rows] = torch.as_tensor(image, device=self.image.device)
         self.action[rows] = torch.as_tensor(action, device=self.image.device)
-        self.start[self.windows:self.windows + new] = torch.arange(
+        self.start_rows[self.windows:self.windows + new] = torch.arange(
             self.rows, self.rows + new, device=self.image.device)
         self.rows, self.windows = rows.stop, self.windows + new
-        self.starts.fill_(self.windows)
+        self.n_starts.fill_(self.windows)
         if demo:
-            self.demo_starts.fill_(self.windows)
+            self.n_demo_starts.fill_(self.windows)
 
     def draw(self, first, end, batch):
         """`batch` windows whose starts are between the numbers `first` and `end` (0-d tensors)."""
-        u = torch.rand(batch, device=self.start.device)
+        u = torch.rand(batch, device=self.start_rows.device)
         index = torch.minimum(first + (u * (end - first)).long(), end - 1)  # if rounded up to end
-        rows = self.start[index] + self.offset                              # (L, batch)
+        rows = self.start_rows[index] + self.offset                         # (L, batch)
         return self.image[rows], self.action[rows]
 
     def sample_demos(self, batch):
         """Windows of the demos -> image uint8 (L, batch, 64, 64, 3), action (L, batch, A)."""
-        return self.draw(0, self.demo_starts, batch)
+        return self.draw(0, self.n_demo_starts, batch)
 
     def sample(self, batch):
         """Windows of everything, demos included -> the same shapes."""
-        return self.draw(0, self.starts, batch)
+        return self.draw(0, self.n_starts, batch)
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -1190,7 +1182,8 @@ def env_seeds(seed, stream, number, count):
 
 def env_options(c):
     """What of the config the environment is made from; None: the environment's own."""
-    noise = None if c.env != "kitchen" and c.robot_noise_ratio == 0.01 else c.robot_noise_ratio
+    untouched = c.robot_noise_ratio == Config.robot_noise_ratio  # else: refused where there is none
+    noise = None if c.env != "kitchen" and untouched else c.robot_noise_ratio
     return {"tasks": c.tasks or None, "episode_steps": c.episode_steps or None,
             "robot_noise_ratio": noise}
 
@@ -1227,7 +1220,7 @@ class Trainer:
     """A run in its folder. A round is an atom: one episode of every environment and the updates it
     earns. A stop drops it and writes its start, so that a resumed run is the uninterrupted one."""
     EPISODE = "episodes/r{:06d}-w{}.npz"  # of a round and a worker
-    steps_in_round, last_checkpoint, last_success, board = 0, 0.0, math.nan, None
+    steps_in_round, last_checkpoint, last_success, board, info = 0, 0.0, math.nan, None, {}
 
     def __init__(self, c):
         self.c, self.dir = c, pathlib.Path(c.logdir)
@@ -1251,7 +1244,8 @@ class Trainer:
         for folder in ("episodes", "videos"):
             (self.dir / folder).mkdir(parents=True, exist_ok=True)
         self.metrics = envs.open_log(self.dir / "metrics.jsonl")
-        if (logged := self.restore()) is None and self.metrics.tell():
+        logged = self.restore()
+        if logged is None and self.metrics.tell():
             die(f"{self.metrics.name} has lines but no checkpoint beside it: give another --logdir")
         envs.cut(self.metrics, logged or 0)
         with contextlib.suppress(ImportError):  # TensorBoard is optional
@@ -1259,17 +1253,21 @@ class Trainer:
             self.board = SummaryWriter(self.dir, purge_step=self.agent.updates)
         self.last = self.shown = time.monotonic(), self.step, self.agent.updates
         self.take_snapshot()
-        if logged is None:
-            self.write_config(facts)
+        self.facts, self.resumed = facts, logged is not None
+        if not self.resumed:
+            self.write_config()
             self.checkpoint()
-        self.announce(demos, facts)
+        self.announce(len(demos))
 
     def run(self):
         """Train to the end, or to a stop. -> True if the run is complete."""
         c, agent = self.c, self.agent
-        handlers = {number: signal.signal(number, lambda n, _: setattr(
-            self, "stop", signal.Signals(n).name)) for number in (signal.SIGTERM, signal.SIGINT)}
+        def note(number, _):
+            self.stop = signal.Signals(number).name
+        handlers = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
+            if self.resumed and self.round < self.rounds:
+                self.write_config()
             while agent.updates < c.pretrain:       # the start: world model and cloning, demos only
                 self.learn(agent.clone_update)
                 if self.stop or self.checkpoint_due():
@@ -1282,8 +1280,9 @@ class Trainer:
                     self.evaluate()
                     self.evaluated = True
                 else:
-                    self.with_workers(self.play_round)
+                    self.with_workers(self.offline_round if c.offline else self.play_round)
                     before, self.round = self.round * self.per_round, self.round + 1
+                    self.steps_in_round = 0
                     due = before // c.eval_every < self.step // c.eval_every
                     self.evaluated = not due and self.round < self.rounds
                 self.take_snapshot()
@@ -1312,7 +1311,7 @@ class Trainer:
                     raise
                 print(f"cmil: {error}; making new workers", file=sys.stderr, flush=True)
             self.agent.load_state_dict(copy.deepcopy(self.snapshot["agent"]))
-            self.last = self.shown = self.rates(self.last)[2]  # the count of updates went back
+            self.last = self.shown = time.monotonic(), self.step, self.agent.updates  # went back
 
     def checkpoint_due(self):
         return time.monotonic() - self.last_checkpoint > 60 * self.c.checkpoint_minutes
@@ -1325,30 +1324,34 @@ class Trainer:
     def play_round(self):
         """One episode of every environment in lockstep; the learner works while they simulate."""
         c, N, T = self.c, self.c.num_envs, self.T
-        if not c.offline:
-            images = np.zeros((T + 1, N, 64, 64, 3), np.uint8)
-            actions = np.zeros((T + 1, N, self.replay.action.shape[1]), np.float32)
-            images[0], _ = self.vec.reset(seed=env_seeds(c.seed, TRAIN, self.round, N))
-            carry = None
+        images = np.zeros((T + 1, N, 64, 64, 3), np.uint8)
+        actions = np.zeros((T + 1, N, self.replay.action.shape[1]), np.float32)
+        images[0], _ = self.vec.reset(seed=env_seeds(c.seed, TRAIN, self.round, N))
+        carry = None
         for t in range(T):
-            if not c.offline:
-                actions[t + 1], carry = self.agent.act(images[t], carry)
-                self.vec.step_async(actions[t + 1])
-            for _ in range(self.earned(self.step + N) - self.earned(self.step)):
-                self.learn(self.update)
-            if not c.offline:
-                images[t + 1], _, _, _, info = self.vec.step_wait()
-                actions[t + 1][info["padded"]] = 0  # the episode was over: this action did nothing
-            self.steps_in_round += N
-            self.progress()
-            self.breathe()
-        if not c.offline:
-            self.log({f"train/{key}": x.mean() for key, x in envs.outcome(info).items()})
-            for i in range(N):
-                self.replay.add(images[:, i], actions[:, i])
-                envs.save_atomically(self.dir / self.EPISODE.format(self.round, i), lambda f: (
-                    np.savez_compressed(f, image=images[:, i], action=actions[:, i])))
-        self.steps_in_round = 0
+            actions[t + 1], carry = self.agent.act(images[t], carry)
+            self.vec.step_async(actions[t + 1])
+            self.work()
+            images[t + 1], _, _, _, info = self.vec.step_wait()
+            actions[t + 1][info["padded"]] = 0  # the episode was over: this action did nothing
+        self.log({f"train/{key}": x.mean() for key, x in envs.outcome(info).items()})
+        for i in range(N):
+            self.replay.add(images[:, i], actions[:, i])
+            envs.save_atomically(self.dir / self.EPISODE.format(self.round, i), lambda f: (
+                np.savez_compressed(f, image=images[:, i], action=actions[:, i])))
+
+    def offline_round(self):
+        """The updates of a round, and no episode."""
+        for _ in range(self.T):
+            self.work()
+
+    def work(self):
+        """What goes with a step of all environments: the updates that it earns."""
+        for _ in range(self.earned(self.step + self.c.num_envs) - self.earned(self.step)):
+            self.learn(self.update)
+        self.steps_in_round += self.c.num_envs
+        self.progress()
+        self.breathe()
 
     def earned(self, step):
         """Updates that the environment steps up to `step` have earned; seed rounds earn none."""
@@ -1416,7 +1419,7 @@ class Trainer:
         if self.c.minutes and time.monotonic() - self.began > 60 * self.c.minutes:
             self.stop = self.stop or f"--minutes {self.c.minutes:g}"
         seconds, rates, now = self.rates(self.shown)
-        if seconds < 10 or not hasattr(self, "info"):
+        if seconds < 10:
             return
         self.shown, steps = now, self.rounds * self.per_round
         left = self.c.pretrain + self.earned(steps) - self.agent.updates
@@ -1427,29 +1430,20 @@ class Trainer:
                  f"fps {rates['fps']:.0f} eta {eta:.0f}m | {losses} | "
                  f"success {self.last_success:.2f}")
 
-    def announce(self, demos, facts):
-        c = self.c
+    def announce(self, demos):
+        c, renderer = self.c, self.facts["gl_renderer"]
         counts = ", ".join(f"{name} {sum(p.numel() for p in network.parameters()):,}"
                            for name, network in self.agent.networks.items())
         envs.say(f"{c.algo} on {c.env}, preset {c.preset}, seed {c.seed}, {self.dir}\n"
-                 f"{len(demos)} demos, {c.num_envs} environments of {self.T} steps"
-                 f"{facts['gl_renderer'] and ', GL: '}{facts['gl_renderer']}\nparameters: {counts}"
+                 f"{demos} demos, {c.num_envs} environments of {self.T} steps"
+                 f"{renderer and ', GL: '}{renderer}\nparameters: {counts}"
                  f"\n{self.agent.device}, step {self.step}, update {self.agent.updates}")
 
-    def write_config(self, facts):
+    def write_config(self):
         """config.json: every field, and what the run depends on beside them."""
-        versions = {d.name: d.version for d in reversed([*metadata.distributions()]) if d.name in (
-            "torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics")}
-        git, commit = ["git", "--git-dir", pathlib.Path(__file__).with_name(".git")], ""
-        with contextlib.suppress(OSError):  # no git here
-            commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True,
-                                    text=True).stdout.strip()
-        text = json.dumps(dict(
-            config=dataclasses.asdict(self.c), versions=versions, commit=commit,
-            gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-            gl_renderer=facts["gl_renderer"], threads=torch.get_num_threads(),
-            python=platform.python_version(), command=" ".join(["python", *sys.argv])), indent=1)
-        envs.save_atomically(self.dir / "config.json", lambda f: f.write(text.encode()))
+        envs.save_config(self.dir / "config.json", dataclasses.asdict(self.c), self.resumed, {
+            **self.facts, "update": self.agent.updates, "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else ""})
 
     def take_snapshot(self):
         """Keep the present state: what a checkpoint or a stop would write."""
@@ -1504,9 +1498,10 @@ def load_checkpoint(folder, agent):
                 raise ValueError("checksum")
             state = {**torch.load(path, weights_only=True, map_location="cpu"), "path": path}
             break
-        except (OSError, MemoryError) as error:  # the file itself may be as good as ever
-            if not isinstance(error, FileNotFoundError):  # killed between two renames
-                raise
+        except FileNotFoundError:
+            continue  # killed between two renames
+        except (OSError, MemoryError):
+            raise  # the file itself may be as good as ever
         except Exception as error:  # zip, pickle and tensor errors of many kinds
             problems.append(f"{path} cannot be read ({type(error).__name__})")
     else:
@@ -1515,6 +1510,8 @@ def load_checkpoint(folder, agent):
         print(f"cmil: {problems[0]}; going back to {path.name}", file=sys.stderr)
     try:
         agent.load_state_dict(state["agent"])
+    except torch.cuda.OutOfMemoryError:
+        raise
     except (RuntimeError, KeyError, ValueError):
         die(f"the checkpoint in {folder} holds other networks than this version of cmil.py makes "
             "from its config.json; use the commit named there, or start in another --logdir")
@@ -1570,10 +1567,12 @@ def parse(argv):
                             help=f"{field.metadata['help']} (default: {field.default})", **kind)
     args = vars(parser.parse_args(argv))
     drawing = "plot_bound" if args["plot_bound"] else "plot"
-    for option, tool in (("episodes", "eval"), ("video", "eval"), ("out", drawing)):
-        if args[option] != parser.get_default(option) and not args[tool]:
-            die(f"--{option} does nothing without --{tool}")
+    for option, needed in (("episodes", "eval"), ("video", "eval"), ("out", drawing)):
+        if args[option] != parser.get_default(option) and not args[needed]:
+            die(f"--{option} does nothing without --{needed}")
     explicit = {f.name: args.pop(f.name) for f in dataclasses.fields(Config) if f.name in args}
+    if explicit and (args["plot"] or args["plot_bound"]):
+        die(f"--{next(iter(explicit))} does nothing with --{drawing}".replace("_", "-"))
     return explicit, argparse.Namespace(**args)
 
 
@@ -1612,7 +1611,7 @@ def read_config(run):
         return dataclasses.asdict(c)
     except (FileNotFoundError, NotADirectoryError):
         if path.with_name("checkpoint.pt").exists():
-            die(f"{path} is missing, and the checkpoint beside it of no use without; restore it")
+            die(f"{path} is missing, and without it the checkpoint is of no use; restore it")
         return None
     except (ValueError, KeyError, TypeError):
         die(f"{path} is not the config.json of a run of this version; give another folder")
@@ -1626,7 +1625,7 @@ def check_config(c):
         if not isinstance(value, (float, int) if kind is float else kind) or (
                 choices and value not in choices):
             die(f"{field.name} {value!r}: expected {choices or kind.__name__}")
-        if kind in (int, float) and not (  # nor NaN
+        if kind in (int, float) and not (  # NaN fails too
                 (value > 0 if least is None else value >= least) and value <= most):
             bounds = "greater than 0" if least is None else f"of {least} or more"
             die(f"--{field.name.replace('_', '-')} {value}: expected a number {bounds}"
@@ -1635,8 +1634,9 @@ def check_config(c):
     needs = {"bc": ("--reward none", silent), "dbc": ("--reward none", silent),
              "ditto": ("--offline, a --reward and a --horizon below --length",
                        c.offline and not silent and c.horizon < c.length),
-             "pdac": ("--no-offline, a --reward, --length 6 or more and --pretrain 0",
-                      c.length > 5 and not (c.offline or silent or c.pretrain))}
+             "pdac": ("--no-offline, a --reward, --length 6 or more, --pretrain 0 and --seed-steps "
+                      "above 0", c.length > 5 and c.seed_steps > 0
+                      and not (c.offline or silent or c.pretrain))}
     if c.algo in needs and not needs[c.algo][1]:
         die(f"--algo {c.algo} needs {needs[c.algo][0]}")
     if silent and not (c.offline and c.beta):

@@ -25,15 +25,18 @@ import hashlib
 import importlib.util
 import inspect
 import io
+import json
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
 import traceback
+from importlib import metadata
 from pathlib import Path
 
 import gymnasium as gym
@@ -1259,6 +1262,26 @@ def save_atomically(path, write, old=None):
         raise OSError(cause.errno, cause.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_config(path, config, resumed, facts):
+    """Write a run's config.json: the dict `config`, and what the run depends on beside it: `facts`,
+    versions, commit, command. When a run is `resumed` (with more steps, elsewhere, from new code)
+    the first start's stay as they are, and today's are added to a list of that name."""
+    packages = "torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics"
+    found = reversed([*metadata.distributions()])  # of two copies on the path the first counts
+    git, commit = ["git", "--git-dir", Path(__file__).with_name(".git")], ""
+    with contextlib.suppress(OSError):  # no git here
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True,
+                                text=True).stdout.strip()
+    told = now = {"versions": {d.name: d.version for d in found if d.name in packages},
+                  "commit": commit, "python": platform.python_version(),
+                  "command": " ".join(["python", *sys.argv]), **facts}
+    if resumed:
+        told = json.loads(path.read_text())
+        told.setdefault("resumed", []).append(now)
+    text = json.dumps({**told, "config": config}, indent=1)
+    save_atomically(path, lambda f: f.write(text.encode()))
 
 
 def save_gif(path, frames, env, scale=4):

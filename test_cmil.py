@@ -576,7 +576,7 @@ def constant_priors(rssm, means):
 
 def test_imagination_draws_a_member_at_every_step():
     """The imagined states jump between the members' means, all rows of a step together."""
-    rssm, actor = small_rssm(), cmil.Actor(10, 2, 8, 1)
+    rssm, actor = small_rssm(), cmil.Actor(10, 2, 8, 1, 0.1)
     constant_priors(rssm, [0., 10., 20.])
     dream = cmil.imagine(rssm, actor, rssm.initial(6), torch.zeros(6, 2), 40)
     member = (dream.feat[1:, :, :4] / 10).round()        # (H, N, S)
@@ -768,7 +768,7 @@ def test_reward_noise_switch():
 
 def test_dream_rows():
     """Rows of a Dream: s_0 and what led to it first; u_t is the spread of the priors of s_{t+1}."""
-    rssm, actor = small_rssm(), randomize(cmil.Actor(10, 2, 8, 1))
+    rssm, actor = small_rssm(), randomize(cmil.Actor(10, 2, 8, 1, 0.1))
     start = cmil.State(torch.randn(5, 4), torch.randn(5, 6), torch.zeros(5, 4), torch.ones(5, 4))
     led_here = torch.randn(5, 2)
     dream = cmil.imagine(rssm, actor, start, led_here, 3)
@@ -1039,7 +1039,7 @@ def test_cloning_trains_only_the_actor():
 
 def test_the_policys_own_input_is_cut():
     """a_t ~ pi(.|stop_grad(s_t)): states carry gradient along a rollout, later actions do not."""
-    rssm, actor = small_rssm(), randomize(cmil.Actor(10, 2, 8, 1))
+    rssm, actor = small_rssm(), randomize(cmil.Actor(10, 2, 8, 1, 0.1))
     stoch = torch.randn(5, 4, requires_grad=True)
     start = cmil.State(stoch, torch.randn(5, 6), torch.zeros(5, 4), torch.ones(5, 4))
     dream = cmil.imagine(rssm, actor, start, torch.zeros(5, 2), 3)
@@ -1535,9 +1535,13 @@ def test_non_finite_gradient_changes_nothing(poison):
 def test_targets_are_copied_on_schedule_only():
     """target_every = 3: updates 3 and 6 make the targets equal to the critics; else they rest."""
     agent, replay = agent_and_replay(target_every=3)
-    last, stepped, count = copy.deepcopy(agent.critics.state_dict()), [], agent.count
-    agent.count = lambda info: (stepped.append(copy.deepcopy(agent.critics.state_dict())),
-                                count(info))[1]
+    last, stepped, step = copy.deepcopy(agent.critics.state_dict()), [], agent.gradient_step
+
+    def watched(replay):
+        info = step(replay)
+        stepped.append(copy.deepcopy(agent.critics.state_dict()))
+        return info
+    agent.gradient_step = watched
     for update in range(1, 8):
         agent.update(replay)
         critics = agent.critics.state_dict()
@@ -1689,16 +1693,22 @@ def test_graphed_steps_are_recorded_once_and_replayed(monkeypatch):
                        ("main", "waits for side")]
 
 
-def test_loading_forgets_recorded_graphs():
-    """A graph holds on to the tensors it was recorded with; loading replaces some of them."""
-    agent, _ = agent_and_replay()
-    before = agent.graphed_clone_step, agent.graphed_gradient_step
+def test_recorded_graphs_are_let_go():
+    """A graph holds on to memory and to the tensors it was recorded with: it serves one kind of
+    step from then on, until another kind follows, or loading replaces some of the tensors."""
+    agent, replay = agent_and_replay()
+    held = []
+    for update in (agent.clone_update, agent.clone_update, agent.update, agent.update):
+        update(replay)
+        held.append(agent.graphed)
+    assert held[0] is held[1] is not held[2] is held[3]
+    assert [graphed.step for graphed in held[1:3]] == [agent.clone_step, agent.gradient_step]
     state = agent.state_dict()
     for opt in state["opts"].values():
         opt["adam"]["param_groups"][0]["capturable"] = True      # as written on CUDA
     agent.load_state_dict(state)
-    assert agent.graphed_clone_step is not before[0]
-    assert agent.graphed_gradient_step is not before[1]
+    agent.update(replay)
+    assert agent.graphed is not held[3]
     assert not any(opt.adam.param_groups[0]["capturable"] for opt in agent.opts.values())
 
 
@@ -1776,7 +1786,7 @@ def test_a_graphed_update_is_the_eager_one(precision, rtol, atol):
                 if i == 8:
                     poisoned.copy_(kept)
                 agent.report(replay), agent.act(np.zeros((2, 64, 64, 3), np.uint8))
-        assert (agent.graphed_gradient_step.graph is not None) == (mode == "on")
+        assert (agent.graphed.graph is not None) == (mode == "on")
         assert agent.opts["actor"].skipped == 2
         states[mode] = agent.state_dict()
     for name, module in states["on"]["modules"].items():
@@ -1836,7 +1846,7 @@ def test_replay_windows():
     replay, starts = numbered_replay()
     valid, demos = set.union(*starts), starts[0] | starts[1]
     for sample, expected in ((replay.sample, valid), (replay.sample_demos, demos), (
-            functools.partial(replay.draw, replay.demo_starts, replay.starts), starts[2])):
+            functools.partial(replay.draw, replay.n_demo_starts, replay.n_starts), starts[2])):
         image, action = sample(1000)
         assert image.shape == (4, 1000, 64, 64, 3) and image.dtype == torch.uint8
         rows = image[:, :, 0, 0, 0].long()
@@ -1854,9 +1864,9 @@ def test_replay_grows():
     replay, starts = numbered_replay()
     replay2 = cmil.Replay(30, 4, 1, torch.device("cpu"))
     replay2.add(np.zeros((9, 64, 64, 3), np.uint8), np.zeros((9, 1), np.float32), demo=True)
-    assert replay2.starts == replay2.demo_starts == 6
+    assert replay2.n_starts == replay2.n_demo_starts == 6
     replay2.add(np.ones((9, 64, 64, 3), np.uint8), np.zeros((9, 1), np.float32))
-    assert replay2.starts == 12 and replay2.demo_starts == 6
+    assert replay2.n_starts == 12 and replay2.n_demo_starts == 6
     assert replay2.sample(200)[0].any() and not replay2.sample_demos(200)[0].any()
 
 
@@ -1879,7 +1889,7 @@ def test_replay_edges_of_the_random_number(edge, expected, monkeypatch):
     """u = 0 gives the first window; even u = 1 (rounding) gives the last one and not one behind."""
     replay, _ = numbered_replay()                        # the last window begins at 27 - 4 = 23
     monkeypatch.setattr(torch, "rand", lambda n, device=None: torch.full((n,), edge))
-    rows = replay.draw(0, replay.starts, 5)[0][..., 0, 0, 0]
+    rows = replay.draw(0, replay.n_starts, 5)[0][..., 0, 0, 0]
     assert rows.shape == (4, 5) and (rows[0] == expected).all() and rows.max() < 27
 
 
@@ -2282,6 +2292,42 @@ def test_commit_in_the_config(git, tmp_path, monkeypatch):
     cmil.Trainer(run_config(tmp_path)).close()
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["commit"] == (expected if git else "")
+
+
+def test_config_says_where_a_run_went_on(tmp_path, monkeypatch):
+    """config.json: the first start's facts stay; every later one adds its own, and its steps."""
+    train(tmp_path, 7)
+    first = json.loads((tmp_path / "config.json").read_text())
+    assert "resumed" not in first and first["update"] == 0
+    monkeypatch.setattr(sys, "argv", ["cmil.py", "--steps", "300"])
+    train(tmp_path, steps=300)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    [again] = stored.pop("resumed")
+    assert stored.pop("config") == {**first.pop("config"), "steps": 300} and stored == first
+    assert again == {**first, "update": 7, "command": "python cmil.py --steps 300"}
+    train(tmp_path, steps=300)                           # nothing is left to be done
+    assert len(json.loads((tmp_path / "config.json").read_text())["resumed"]) == 1
+
+
+def test_progress_before_the_first_update(tmp_path, capsys):
+    """A run says where it is in seed rounds too: pdac's come before any update."""
+    trainer = cmil.Trainer(run_config(tmp_path, algo="pdac", pretrain=0, log_every=1))
+    trainer.steps_in_round, trainer.shown = 10, (time.monotonic() - 20, 0, 0)
+    capsys.readouterr()
+    trainer.progress()
+    trainer.close()
+    assert capsys.readouterr().out.startswith("step 10/250 update 0 ups 0.00 fps ")
+
+
+def test_no_memory_to_load_into_is_not_another_version(tmp_path, monkeypatch):
+    """Out of memory while loading: that is said, not that the checkpoint holds other networks."""
+    train(tmp_path, 7)
+
+    def full(agent, state):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(cmil.Learner, "load_state_dict", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        cmil.Trainer(run_config(tmp_path))
 
 
 def test_no_cuda_when_asked(tmp_path, capsys, monkeypatch):
@@ -2901,6 +2947,9 @@ BAD_COMMANDS = [
     ("--eval x --bench", "--bench"), ("--plot-bound /no/such/run", "/no/such/run"),
     ("--algo bc --reward logit", "reward"), ("--algo pdac --reward none", "reward"),
     ("--algo pdac --pretrain 5", "pretrain"), ("--algo pdac --length 5", "length"),
+    ("--algo pdac --seed-steps 0", "--seed-steps above 0"),
+    ("--plot x --seed 3", "--seed does nothing"),
+    ("--plot-bound x --weight-decay 1", "--weight-decay does nothing with --plot-bound"),
     ("--algo ditto --horizon 8", "horizon"), ("--algo ditto --reward none", "--algo ditto needs"),
     ("--algo ditto --no-offline", "--offline"), ("--algo pdac --offline", "--no-offline"),
     ("--algo dbc --reward logit", "--reward none"), ("--reward none", "needs --offline"),
@@ -3647,7 +3696,7 @@ def test_drift_at_a_checkpoint(uninterrupted, tmp_path, capsys):
     asked, real = [], cmil.Replay.draw
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cmil.Replay, "draw", lambda self, first, end, batch: (
-            asked.append((int(first), int(end), int(self.demo_starts), int(self.starts))),
+            asked.append((int(first), int(end), int(self.n_demo_starts), int(self.n_starts))),
             real(self, first, end, batch))[1])
         drift.at(str(tmp_path / "run"))
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

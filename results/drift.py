@@ -50,8 +50,8 @@ def watch(agent, replay):
     """What the table above names -> dict of floats."""
     c, rssm, B, found = agent.c, agent.world.rssm, agent.c.batch, {}
     windows = {"start": replay.sample(B), "expert": replay.sample_demos(B)}
-    if replay.starts > replay.demo_starts:
-        windows["replay"] = replay.draw(replay.demo_starts, replay.starts, B)
+    if replay.n_starts > replay.n_demo_starts:
+        windows["replay"] = replay.draw(replay.n_demo_starts, replay.n_starts, B)
 
     def spread(name, u):
         found[f"u_{name}"], found[f"u_{name}_std"] = u.mean(), u.std()
