@@ -313,9 +313,10 @@ class EnsembleMLP(nn.Module):
         sizes = [inputs] + [units] * layers + [outputs]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for i, o in zip(sizes, sizes[1:]):
-            # Head by head: on the 3-D tensor xavier would get the fan wrong.
-            weight = [nn.init.xavier_uniform_(torch.empty(i, o)) for _ in range(heads)]
-            self.weights.append(nn.Parameter(torch.stack(weight)))
+            weight = torch.empty(heads, i, o)
+            for head in weight:  # head by head: on the 3-D tensor xavier would get the fan wrong
+                nn.init.xavier_uniform_(head)
+            self.weights.append(nn.Parameter(weight))
             self.biases.append(nn.Parameter(torch.zeros(heads, 1, o)))
 
     def forward(self, x, member=None):
@@ -1244,8 +1245,7 @@ class Trainer:
         for folder in ("episodes", "videos"):
             (self.dir / folder).mkdir(parents=True, exist_ok=True)
         self.metrics = envs.open_log(self.dir / "metrics.jsonl")
-        logged = self.restore()
-        if logged is None and self.metrics.tell():
+        if (logged := self.restore()) is None and self.metrics.tell():
             die(f"{self.metrics.name} has lines but no checkpoint beside it: give another --logdir")
         envs.cut(self.metrics, logged or 0)
         with contextlib.suppress(ImportError):  # TensorBoard is optional
