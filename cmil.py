@@ -1297,13 +1297,13 @@ class Trainer:
                 signal.signal(number, handler)
         return self.round == self.rounds and self.evaluated
 
-    def with_workers(self, work):
-        """work(); if a worker dies in it, up to three times anew, from the last snapshot."""
+    def with_workers(self, job):
+        """job(); if a worker dies in it, up to three times anew, from the last snapshot."""
         for left in (3, 2, 1, 0):
             try:
                 if self.vec.closed:
                     self.vec = envs.make_vec(self.c.env, self.c.num_envs, **env_options(self.c))
-                return work()
+                return job()
             except envs.WorkerDied as error:
                 self.breathe()  # a scheduler's signal may have reached worker and learner
                 self.drop_round()
