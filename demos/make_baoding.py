@@ -106,7 +106,7 @@ class Expert:
         states, _ = self.pool.rollout(
             env.model, self.pool.data, state[None], control,
             initial_warmstart=data.qacc_warmstart[None])
-        qpos = states[:, substeps - 1::substeps, 1:1 + env.model.nq]       # row 0 is the time
+        qpos = states[:, substeps - 1::substeps, 1:1 + env.model.nq]       # column 0: time
         return env.balls_in(qpos)
 
     def cost(self, t, plans, balls):

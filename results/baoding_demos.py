@@ -4,7 +4,8 @@
     python results/baoding_demos.py clone >> results/baoding/demos.jsonl
 
 blind   The demonstrations' actions repeated open loop: each under its own seed, under three other
-        seeds, their mean under twenty others, and each under its own seed with noise added.
+        seeds (there also in an environment that adds no noise to actions), their mean under twenty
+        others, and each under its own seed with noise added.
 clone   A network from the simulator's positions and velocities to the action (no pixels), fitted to
         the demonstrations, and to as many rougher ones from the same resets on: guided by a single
         unguided success, as it is, where the demonstrations' reference is the smoothed mean of six
@@ -49,6 +50,10 @@ def blind(env, demos):
     tell("three other seeds each", [play(env, 70_000 + 3 * i + k, tape)
                                     for i, tape in enumerate(actions) for k in range(3)])
     tell("mean of all", [play(env, 71_000 + k, actions.mean(0)) for k in range(20)])
+    still = undrawn(type("Still", (envs.Baoding,), {"NOISE": 0.0}))
+    tell("three other seeds each, no noise in the environment", [
+        play(still, 70_000 + 3 * i + k, tape) for i, tape in enumerate(actions) for k in range(3)])
+    still.close()
     noise = np.random.default_rng(0).normal(scale=0.1, size=actions.shape)
     tell("own seeds, noise of std 0.1 added", [
         play(env, *pair) for pair in zip(seeds, np.clip(actions + noise, -1, 1))])

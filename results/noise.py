@@ -3,7 +3,8 @@
     python results/noise.py RUN [--episodes 40] [--seed 2000]
 
 Four JSON lines for the run's last checkpoint, over the episodes that `cmil.py --eval RUN` with the
-same --seed would begin. With both alike an episode is that command's.
+same --seed would begin: means, and under `each` every episode's own. With both alike an episode is
+that command's.
 """
 import argparse
 import json
@@ -49,7 +50,9 @@ def main():
                 "run": pathlib.Path(args.run).name, "latents": "sampled" if latents else "modes",
                 "actions": "sampled" if actions else "modes", "episodes": args.episodes,
                 "seed": c.seed, "success_ci95": cmil.bootstrap_ci(results["success"]),
-                **{key: round(float(x.mean()), 4) for key, x in results.items()}}), flush=True)
+                **{key: round(float(x.mean()), 4) for key, x in results.items()},
+                "each": {key: x.astype(float).round(4).tolist() for key, x in results.items()}}),
+                flush=True)
     vec.close()
 
 
