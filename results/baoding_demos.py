@@ -44,15 +44,17 @@ def play(env, seed, actions):
 
 def blind(env, demos):
     seeds, actions = demos["seed"].tolist(), demos["action"]
+
+    def elsewhere(env):
+        return [play(env, 70_000 + 3 * i + k, tape) for i, tape in enumerate(actions)
+                for k in range(3)]
     tell("own seeds", [play(env, *pair) for pair in zip(seeds, actions)],
          roughness=round(make_baoding.roughness(actions), 4),
          spread=round(float(actions.std(0).mean()), 4))
-    tell("three other seeds each", [play(env, 70_000 + 3 * i + k, tape)
-                                    for i, tape in enumerate(actions) for k in range(3)])
+    tell("three other seeds each", elsewhere(env))
     tell("mean of all", [play(env, 71_000 + k, actions.mean(0)) for k in range(20)])
     still = undrawn(type("Still", (envs.Baoding,), {"NOISE": 0.0}))
-    tell("three other seeds each, no noise in the environment", [
-        play(still, 70_000 + 3 * i + k, tape) for i, tape in enumerate(actions) for k in range(3)])
+    tell("three other seeds each, no noise in the environment", elsewhere(still))
     still.close()
     noise = np.random.default_rng(0).normal(scale=0.1, size=actions.shape)
     tell("own seeds, noise of std 0.1 added", [

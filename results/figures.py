@@ -110,10 +110,11 @@ def plot(runs, out, x="step"):
         for env, found in entries.items()}
     measures = [key for key in MEASURES if any(key in keys for keys in tells.values())]
     algos = sorted({algo for methods in groups.values() for algo in methods})
-    aside = sum(len(methods) > 4 for methods in groups.values())  # their legends beside the curves
+    crowded = {env for env, methods in groups.items() if len(methods) > 4}  # legend at the side
     figure, axes = plt.subplots(len(measures), len(groups), squeeze=False, sharex="col",
                                 layout="constrained",
-                                figsize=(5 * len(groups) + 2 * aside, 3 * len(measures) + 0.5))
+                                figsize=(5 * len(groups) + 2 * len(crowded),
+                                         3 * len(measures) + 0.5))
     for column, (env, methods) in enumerate(groups.items()):
         for row, key in enumerate(measures):
             axis = axes[row, column]
@@ -141,7 +142,7 @@ def plot(runs, out, x="step"):
             axis.grid(alpha=0.3)
             if key == "eval/success":
                 axis.set_ylim(-0.03, 1.03)      # always all of 0..1, with room for the markers
-                place = dict(loc="upper left", bbox_to_anchor=(1, 1)) if len(methods) > 4 else {}
+                place = dict(loc="upper left", bbox_to_anchor=(1, 1)) if env in crowded else {}
                 axis.legend(fontsize=8, handlelength=3.5, **place)
             elif key == "eval/tasks":
                 axis.set_ylim(bottom=-0.1, top=max(1.1, axis.get_ylim()[1]))
