@@ -80,13 +80,13 @@ with contextlib.suppress(ImportError):  # without gymnasium, all but the Trainer
 # --- Configuration --------------------------------------------------------------------------------
 # Every field is a flag. The defaults are the paper-size run; presets override them.
 
-# The methods, and how their configuration differs from CMIL's. [T]: DITTO, DeMoss et al.
+# The methods, and how their configuration differs from CMIL's. Sources: README.md, The methods.
 ALGOS = {
     "cmil": {},
-    "vmail": dict(members=1, alpha=0.0, beta=0.0, seed_steps=0),  # adversarial, not conservative
-    "dgail": dict(members=1, alpha=0.0, beta=0.0, offline=True),  # [T: D-GAIL] on the demos alone
-    "dbc": dict(reward="none", offline=True),  # [T: D-BC] CMIL's own start, trained on
-    "bc": dict(reward="none", offline=True),   # class PixelAgent
+    "vmail": dict(members=1, alpha=0.0, beta=0.0, seed_steps=0),  # V-MAIL [V]: not conservative
+    "dgail": dict(members=1, alpha=0.0, beta=0.0, offline=True),  # D-GAIL [T], on the demos alone
+    "dbc": dict(reward="none", offline=True),  # D-BC [T]: CMIL's own start, trained on
+    "bc": dict(reward="none", offline=True),   # class PixelBC
     "ditto": dict(members=1, beta=0.0, offline=True),  # class Ditto
     "pdac": dict(pretrain=0, target_every=1, tau=0.01),  # class PixelDAC
 }
@@ -790,16 +790,9 @@ class Learner:
         where = ("bfloat16", "auto") if self.device.type == "cuda" else ("bfloat16",)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.c.precision in where)
 
-    def clone_update(self, replay):
-        """One clone_step, as a graph on CUDA, and what the host does after it -> info."""
-        return self.repeat(self.clone_step, replay)
-
-    def update(self, replay):
-        """One gradient_step, likewise."""
-        return self.repeat(self.gradient_step, replay)
-
-    def repeat(self, step, replay):
-        """Take and count a step; on schedule move the targets towards what they follow."""
+    def update(self, replay, clone=False):
+        """One gradient_step or clone_step, as a graph on CUDA; on schedule move the targets too."""
+        step = self.clone_step if clone else self.gradient_step
         if self.graphed is None or self.graphed.step != step:  # the last one's graph is let go
             self.graphed = Graphed(step, self.device, self.c.graph)
         info = self.graphed(replay)
@@ -872,12 +865,11 @@ class Agent(Learner):
     def act(self, image, carry=None, sample=True):
         """Filter a frame (N, 64, 64, 3) uint8 and act -> action (N, A) float32, carry for the next
         call. carry is None at an episode's start."""
-        image = torch.as_tensor(image, device=self.device)
+        image, N = torch.as_tensor(image, device=self.device), len(image)
         rssm, actor = self.world.rssm, self.actor
         with self.autocast():
             if carry is None:
-                carry = rssm.initial(len(image)), image.new_zeros(
-                    len(image), self.action_size, dtype=torch.float32)
+                carry = rssm.initial(N), torch.zeros(N, self.action_size, device=self.device)
             embed, weight = rssm.post_first(self.world.encoder(to_float(image)))
             noise = torch.randn_like(carry[0].stoch) * float(sample)
             state = rssm.step_post(*carry, embed, weight, noise)
@@ -1008,24 +1000,28 @@ def match(x, y):
 
 
 class PixelAgent(Learner):
+    """bc, pdac: no model; self.policy, of the last FRAMES frames (N, 3 FRAMES, 64, 64)."""
+
+    @torch.no_grad()
+    def act(self, image, carry=None, sample=True):
+        """As Agent.act; carry: the last frames, at an episode's start all the first."""
+        frame = to_float(torch.as_tensor(image, device=self.device))        # (N, 3, 64, 64)
+        past = frame.repeat(1, self.FRAMES, 1, 1) if carry is None else carry
+        frames = torch.cat([past[:, 3:], frame], 1)
+        with self.autocast():
+            policy = self.policy(frames)
+        return (policy.rsample() if sample else policy.mode).cpu().numpy(), frames
+
+
+class PixelBC(PixelAgent):
     """bc: pi(a_t|x_t), end to end, by maximum likelihood on the demonstrations; "BC" of [P], which
-    prints no more about it. Networks and rates are CMIL's; there is no model."""
-    FRAMES = 1  # that the policy sees
+    prints no more about it. Networks and rates are CMIL's."""
+    FRAMES = 1
 
     def __init__(self, c, action, device):
         encoder = Encoder(c.conv_depth)
         super().__init__(c, device, policy=nn.Sequential(
             encoder, Actor(encoder.size, action, c.units, c.layers, c.min_std)))
-
-    @torch.no_grad()
-    def act(self, image, carry=None, sample=True):
-        """As Agent.act; carry: the last frames (N, 3 FRAMES, 64, 64), at first all the same."""
-        frame = to_float(torch.as_tensor(image, device=self.device))
-        frames = frame.repeat(1, self.FRAMES, 1, 1) if carry is None else (
-            torch.cat([carry[:, 3:], frame], 1))
-        with self.autocast():
-            policy = self.policy(frames)
-        return (policy.rsample() if sample else policy.mode).cpu().numpy(), frames
 
     def clone_step(self, replay):
         image, action = replay.sample_demos(self.c.batch)                   # (L, B, ...)
@@ -1038,32 +1034,32 @@ class PixelAgent(Learner):
 class PixelDAC(PixelAgent):
     """pdac: discriminator-actor-critic from pixels without a model, the baseline of [P].
 
-    From DAC (Kostrikov et al. 2019): D's logit as reward, gradient penalty 10. From DrQ-v2 (Yarats
-    et al. 2022): shifts of 4 pixels, stacks, 3-step returns, targets of the heads at a rate of .01.
+    From DAC [A]: D's logit as reward, gradient penalty 10. From DrQ-v2 [Q]: shifts of 4 pixels,
+    stacks, 3-step returns, an embedding of 50, targets of the heads that follow at a rate of .01.
 
     row t        0    1    2    3    4    5       n = 3
     stacks     [x0   x1   x2]  and  [x3 x4 x5]    embed e2 and e5: a stack stands at its last row
     rewards                r2   r3   r4           r_t = D's logit of (e_t, a_t)
     target     y2 = r2 + g r3 + g^2 r4 + g^3 min_i Qbar_i(e5, a'),  a' ~ pi(.|e5)
 
-    Departures: D and actor see the critics' embedding (DrQ-v2: a trunk each); other networks and
-    rates are CMIL's; episodes have a fixed length, hence no absorbing states; a batch is all of B
-    windows; an episode's first two rows act on repeated frames, which training does not show."""
+    Departures: D and actor see the critics' embedding ([Q]: a trunk each); policy (a learned spread
+    and an entropy bonus; [Q]: a schedule), convolutions, layers and rates are CMIL's; episodes have
+    a fixed length, hence no absorbing states; a batch is all of B windows; an episode's first two
+    rows act on repeated frames, which training does not show."""
     FRAMES, STEPS, PENALTY, EMBED = 3, 3, 10.0, 50
-    clone_step = None  # no start: all is learned from play
 
     def __init__(self, c, action, device):
         layers = Encoder(c.conv_depth, 3 * self.FRAMES)
         encoder = nn.Sequential(layers, nn.Linear(layers.size, self.EMBED),
-                                nn.LayerNorm(self.EMBED), nn.Tanh())        # DrQ-v2's trunk
+                                nn.LayerNorm(self.EMBED), nn.Tanh())        # [Q]'s trunk
         sizes = self.EMBED, action, c.units, c.layers
         heads = Critics(c.critics, *sizes)
-        Learner.__init__(
-            self, c, device, heads, critics=nn.ModuleDict({"encoder": encoder, "heads": heads}),
+        super().__init__(
+            c, device, heads, critics=nn.ModuleDict({"encoder": encoder, "heads": heads}),
             actor=Actor(*sizes, c.min_std),
             disc=Discriminator(self.EMBED, action, c.disc_units, c.disc_layers))
 
-    def policy(self, frames):
+    def policy(self, frames):  # what act() wants: there is no network of its own
         return self.actor(self.critics.encoder(frames))
 
     def embed(self, image, action):
@@ -1076,7 +1072,7 @@ class PixelDAC(PixelAgent):
     def gradient_step(self, replay):
         c = self.c
         with self.autocast():
-            embed, action = self.embed(*replay.draw(replay.n_demo_starts, replay.n_starts, c.batch))
+            embed, action = self.embed(*replay.sample_played(c.batch))
             with torch.no_grad():
                 expert = state_action_pairs(*self.embed(*replay.sample_demos(c.batch)))
             e = embed.detach()
@@ -1092,8 +1088,8 @@ class PixelDAC(PixelAgent):
             s, a = (x[:len(target)] for x in state_action_pairs(embed, action))
             q_loss = (self.critics.heads(s, a) - target).square().mean((1, 2)).sum()
 
-            value = self.critics.heads(e, pi.rsample()).min(0).values       # (L-2, B)
-            pi_loss = -(value + c.entropy * pi.entropy()).mean()
+            q = self.critics.heads(e, pi.rsample()).min(0).values           # (L-2, B)
+            pi_loss = -(q + c.entropy * pi.entropy()).mean()
         return self.apply({"critics": q_loss, "actor": pi_loss, "disc": disc_loss}, {
             **info, "reward": reward.mean(), "critic/data": q_loss, "critic/value": target.mean(),
             "entropy": pi.entropy().mean()})
@@ -1121,7 +1117,7 @@ def random_shift(x, pad=4):
     return x.movedim(1, -1)[index].movedim(-1, 1)
 
 
-AGENTS = {"bc": PixelAgent, "ditto": Ditto, "pdac": PixelDAC}  # the other methods are Agents
+AGENTS = {"bc": PixelBC, "ditto": Ditto, "pdac": PixelDAC}  # the other methods are Agents
 
 
 # --- Replay ---------------------------------------------------------------------------------------
@@ -1164,6 +1160,10 @@ class Replay:
     def sample_demos(self, batch):
         """Windows of the demos -> image uint8 (L, batch, 64, 64, 3), action (L, batch, A)."""
         return self.draw(0, self.n_demo_starts, batch)
+
+    def sample_played(self, batch):
+        """Windows of what the policy has played -> the same shapes."""
+        return self.draw(self.n_demo_starts, self.n_starts, batch)
 
     def sample(self, batch):
         """Windows of everything, demos included -> the same shapes."""
@@ -1240,7 +1240,7 @@ class Trainer:
         for demo in demos:
             self.replay.add(demo["image"], demo["action"], demo=True)
 
-        self.update = self.agent.clone_update if c.reward == "none" else self.agent.update
+        self.clone_only = c.reward == "none"
         self.round, self.evaluated = 0, False  # evaluated: no evaluation is due
         for folder in ("episodes", "videos"):
             (self.dir / folder).mkdir(parents=True, exist_ok=True)
@@ -1269,7 +1269,7 @@ class Trainer:
             if self.resumed and self.round < self.rounds:
                 self.write_config()
             while agent.updates < c.pretrain:       # the start: world model and cloning, demos only
-                self.learn(agent.clone_update)
+                self.learn(clone=True)
                 if self.stop or self.checkpoint_due():
                     self.take_snapshot()
                     self.breathe()
@@ -1348,7 +1348,7 @@ class Trainer:
     def work(self):
         """What goes with a step of all environments: the updates that it earns."""
         for _ in range(self.earned(self.step + self.c.num_envs) - self.earned(self.step)):
-            self.learn(self.update)
+            self.learn(self.clone_only)
         self.steps_in_round += self.c.num_envs
         self.progress()
         self.breathe()
@@ -1362,9 +1362,9 @@ class Trainer:
         if self.stop:
             raise Stop
 
-    def learn(self, update):
+    def learn(self, clone):
         """One update, and at log steps its metrics."""
-        self.info = update(self.replay)
+        self.info = self.agent.update(self.replay, clone)
         if self.agent.updates % self.c.log_every == 0:
             with kept_rng(self.agent.device):  # how often one logs must not change what is learned
                 _, rates, self.last = self.rates(self.last)

@@ -23,7 +23,9 @@ def bench(explicit):
     with contextlib.redirect_stdout(sys.stderr):  # the one line is for stdout
         trainer = cmil.Trainer(c)
     agent, vec, replay = trainer.agent, trainer.vec, trainer.replay
-    update = trainer.update
+
+    def update():
+        agent.update(replay, trainer.clone_only)
     replay.image[replay.rows:] = 0  # all of it: untouched memory would not count in peak_mem_gb
     sync = waiter(agent.device)
 
@@ -53,11 +55,11 @@ def bench(explicit):
             action, carry = agent.act(image, carry)
             vec.step_async(action)
             for _ in range(each):
-                update(replay)
+                update()
             image = vec.step_wait()[0]
             yield
 
-    updates = rate(lambda: update(replay))
+    updates = rate(update)
     steps = rate(simulate, least=1) * trainer.T * c.num_envs
     rounds = (_ for _ in iter(int, 1) for _ in both())  # both() again and again
     together = rate(lambda: next(rounds))
@@ -70,7 +72,7 @@ def bench(explicit):
                       "both": {"updates_per_s": together * each,
                                "env_steps_per_s": together * c.num_envs},
                       "peak_mem_gb": peak,
-                      "preset": c.preset, "env": c.env, "device": str(agent.device),
+                      "algo": c.algo, "preset": c.preset, "env": c.env, "device": str(agent.device),
                       "threads": torch.get_num_threads()}))
 
 
@@ -84,7 +86,8 @@ def agent_on_noise(c, actions=9):
     depend on the data. -> Agent, Replay"""
     device = cmil.setup_torch(c)
     torch.manual_seed(0)
-    agent, replay = cmil.Agent(c, actions, device), cmil.Replay(2000, c.length, actions, device)
+    agent = cmil.AGENTS.get(c.algo, cmil.Agent)(c, actions, device)
+    replay = cmil.Replay(2000, c.length, actions, device)
     for i in range(5):
         replay.add(torch.randint(256, (300, 64, 64, 3), dtype=torch.uint8),
                    torch.rand(300, actions) * 2 - 1, demo=i < 2)
@@ -97,7 +100,7 @@ def median_seconds(agent, replay, updates, warm_up=2):
     for _ in range(warm_up + updates):
         sync()
         start = time.perf_counter()
-        agent.update(replay)
+        agent.update(replay, agent.c.reward == "none")
         sync()
         times.append(time.perf_counter() - start)
     return float(np.median(times[warm_up:]))

@@ -51,7 +51,7 @@ def watch(agent, replay):
     c, rssm, B, found = agent.c, agent.world.rssm, agent.c.batch, {}
     windows = {"start": replay.sample(B), "expert": replay.sample_demos(B)}
     if replay.n_starts > replay.n_demo_starts:
-        windows["replay"] = replay.draw(replay.n_demo_starts, replay.n_starts, B)
+        windows["replay"] = replay.sample_played(B)
 
     def spread(name, u):
         found[f"u_{name}"], found[f"u_{name}_std"] = u.mean(), u.std()
@@ -77,7 +77,7 @@ def watch(agent, replay):
     terms = actor_terms(agent, dream)
     terms["bc"] = c.beta * cmil.clone_loss(agent.actor, posts["expert"].feat, windows["expert"][1])
     for name, loss in terms.items():
-        if not loss.requires_grad:  # the penalty of a single prior, the BC term with beta 0
+        if not loss.requires_grad:  # the penalty of a single prior
             continue
         grads = torch.autograd.grad(loss, agent.opts["actor"].params, retain_graph=True)
         found[f"grad_{name}"] = torch.cat([g.flatten() for g in grads]).norm()
@@ -97,6 +97,8 @@ def at(run):
     stored = cmil.read_config(run)
     if stored is None:
         cmil.die(f"{run}: no config.json there; give the folder of a run")
+    if cmil.AGENTS.get(stored["algo"]):
+        cmil.die(f"--at: a run of {stored['algo']} has no discriminator on latent pairs")
     trainer = cmil.Trainer(cmil.Config(**{**stored, "logdir": run}))
     torch.manual_seed(0)
     found = [watch(trainer.agent, trainer.replay) for _ in range(20)]

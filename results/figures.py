@@ -228,7 +228,8 @@ def plot_bound(run, out):
     for (key, (step, values)), (line, marker) in zip(parts.items(), STYLES):
         axis.plot(step, values, ls=line, marker=marker, ms=4, label=BOUND[key],
                   markevery=max(1, len(step) // 12))
-    axis.set(xlabel=X_LABELS["step"].split("\n")[0], ylabel="scaled to [0, 1]",
+    label = X_LABELS["step"] if config.get("offline") else X_LABELS["step"].split("\n")[0]
+    axis.set(xlabel=label, ylabel="scaled to [0, 1]",
              title=f"{config['algo']}, {config['env']}", ylim=(-0.03, 1.03))
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, handlelength=3.5)

@@ -42,6 +42,9 @@ def main():
     parser.add_argument("--seed", type=int, default=2000)
     args = parser.parse_args()
     c, agent, vec, steps = cmil.load_agent(args.run, {"seed": args.seed})
+    if not isinstance(agent, cmil.Agent):
+        vec.close()
+        cmil.die(f"{args.run}: a run of {c.algo} has no latents to sample")
     for latents in (False, True):
         for actions in (False, True):
             results, _ = cmil.rollouts(Mixed(agent, latents), vec, steps, args.episodes, c.seed,

@@ -109,7 +109,7 @@ def measure(c, updates, demos, qpos, episodes):
         replay.add(episode["image"], episode["action"], demo=i < len(fit))
     start = time.perf_counter()
     for _ in range(updates):
-        update(agent, replay) if episodes else agent.clone_update(replay)
+        update(agent, replay) if episodes else agent.update(replay, clone=True)
     seconds = (time.perf_counter() - start) / updates
     return {**scene(agent, fit, qpos[:, :-HELD_OUT], held, qpos[:, -HELD_OUT:]),
             "ms_per_update": round(1000 * seconds)}
