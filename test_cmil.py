@@ -1292,6 +1292,31 @@ def test_ditto_learns_to_go_where_the_expert_goes():
     assert np.mean(rewards[-10:]) > np.mean(rewards[:5]) + .2, rewards
 
 
+def test_match_of_other_actions(tmp_path, monkeypatch, capsys):
+    """results/match.py: the experts' own actions are those of the rows the dream is compared with;
+    a run of another method is one line."""
+    tool, (agent, replay) = script("match"), agent_and_replay("ditto")
+    done = calls_of(monkeypatch, agent.world.rssm, "step_prior", lambda real, *args: real(*args))
+    sampled, sample_demos = [], replay.sample_demos
+    replay.sample_demos = lambda batch: sampled.append(sample_demos(batch)) or sampled[-1]
+    found = tool.matches(agent, replay, windows=3)
+    assert set(found) == {"policy", "expert", "random"} and len(set(found.values())) == 3
+    H, (_, action) = agent.c.horizon, sampled[0]
+    starts = agent.c.length - H
+    for k, (_, a) in enumerate(done[H:2 * H], 1):
+        assert torch.equal(a.view(starts, 3, 2), action[k:k + starts])
+    spread = torch.stack([a for _, a in done[2 * H:]])
+    assert len(done) == 3 * H and spread.min() < -.8 and spread.max() > .8
+    for algo in ("ditto", "bc"):
+        train(tmp_path / algo, **{**cmil.ALGOS[algo], "algo": algo, "pretrain": 1, "steps": 50})
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["match.py", str(tmp_path / "ditto"), str(tmp_path / "bc")])
+    with pytest.raises(SystemExit):
+        tool.main()
+    out, err = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["run"] == "ditto" and "a run of bc" in err
+
+
 @pytest.mark.parametrize("algo", ["bc", "pdac"])
 def test_acting_on_pixels_samples(algo):
     """sample=True draws an action for each environment anew; sample=False takes the mode."""
