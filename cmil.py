@@ -783,6 +783,7 @@ class Learner:
             self.modules["targets"] = self.targets
         self.opts = {name: Optimizer(network, c.disc_lr if name == "disc" else c.lr, c)
                      for name, network in networks.items()}
+        self.clone_only = c.reward == "none"  # its updates are clone_steps, not only its start's
         self.graphed = None  # the step that is being repeated
 
     def autocast(self):
@@ -1240,7 +1241,6 @@ class Trainer:
         for demo in demos:
             self.replay.add(demo["image"], demo["action"], demo=True)
 
-        self.clone_only = c.reward == "none"
         self.round, self.evaluated = 0, False  # evaluated: no evaluation is due
         for folder in ("episodes", "videos"):
             (self.dir / folder).mkdir(parents=True, exist_ok=True)
@@ -1348,7 +1348,7 @@ class Trainer:
     def work(self):
         """What goes with a step of all environments: the updates that it earns."""
         for _ in range(self.earned(self.step + self.c.num_envs) - self.earned(self.step)):
-            self.learn(self.clone_only)
+            self.learn(self.agent.clone_only)
         self.steps_in_round += self.c.num_envs
         self.progress()
         self.breathe()

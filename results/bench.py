@@ -25,7 +25,7 @@ def bench(explicit):
     agent, vec, replay = trainer.agent, trainer.vec, trainer.replay
 
     def update():
-        agent.update(replay, trainer.clone_only)
+        agent.update(replay, agent.clone_only)
     replay.image[replay.rows:] = 0  # all of it: untouched memory would not count in peak_mem_gb
     sync = waiter(agent.device)
 
@@ -100,7 +100,7 @@ def median_seconds(agent, replay, updates, warm_up=2):
     for _ in range(warm_up + updates):
         sync()
         start = time.perf_counter()
-        agent.update(replay, agent.c.reward == "none")
+        agent.update(replay, agent.clone_only)
         sync()
         times.append(time.perf_counter() - start)
     return float(np.median(times[warm_up:]))

@@ -85,12 +85,12 @@ def main():
     agent, replay = bench.agent_on_noise(c)
     cuda = agent.device.type == "cuda"
     with Count() as count:                                                  # warm-up too
-        (agent.clone_step if c.reward == "none" else agent.gradient_step)(replay)
+        (agent.clone_step if agent.clone_only else agent.gradient_step)(replay)
     median = bench.median_seconds(agent, replay, 3 if c.preset == "paper" else 15,
                                   warm_up=cmil.Graphed.WARM_UP + 1 if cuda else 0)
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as profile:
-        agent.update(replay, c.reward == "none")
+        agent.update(replay, agent.clone_only)
         bench.waiter(agent.device)()
     seconds = dict.fromkeys([*KINDS, "element by element and the rest"], 0.0)
     for event in profile.key_averages():
