@@ -92,14 +92,20 @@ class Watched(cmil.Trainer):
         super().log(values)
 
 
-def at(run):
-    """watch() at the last checkpoint of the run in folder `run`, over twenty batches: one line."""
+def reopened(run, methods):
+    """The Trainer of the run in folder `run`, at its last checkpoint, to be looked at. Any method
+    but `methods` is refused."""
     stored = cmil.read_config(run)
     if stored is None:
         cmil.die(f"{run}: no config.json there; give the folder of a run")
-    if cmil.AGENTS.get(stored["algo"]):
-        cmil.die(f"--at: a run of {stored['algo']} has no discriminator on latent pairs")
-    trainer = cmil.Trainer(cmil.Config(**{**stored, "logdir": run}))
+    if stored["algo"] not in methods:
+        cmil.die(f"{run}: a run of {stored['algo']}; this is for {', '.join(methods)}")
+    return cmil.Trainer(cmil.Config(**{**stored, "logdir": run}))
+
+
+def at(run):
+    """watch() at the last checkpoint of the run in folder `run`, over twenty batches: one line."""
+    trainer = reopened(run, [algo for algo in cmil.ALGOS if algo not in cmil.AGENTS])
     torch.manual_seed(0)
     found = [watch(trainer.agent, trainer.replay) for _ in range(20)]
     trainer.close()

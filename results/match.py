@@ -11,8 +11,9 @@ import sys
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path[:0] = map(str, pathlib.Path(__file__).resolve().parents[:2])
 import cmil  # noqa: E402
+import drift  # noqa: E402
 
 
 @torch.no_grad()
@@ -36,10 +37,7 @@ def matches(agent, replay, windows=64):
 
 def main():
     for run in sys.argv[1:] or cmil.die("match.py: give folders of runs of ditto"):
-        stored = cmil.read_config(run) or cmil.die(f"{run}: no config.json there")
-        if stored["algo"] != "ditto":
-            cmil.die(f"{run}: a run of {stored['algo']}, not of ditto")
-        trainer = cmil.Trainer(cmil.Config(**{**stored, "logdir": run}))
+        trainer = drift.reopened(run, ["ditto"])
         torch.manual_seed(0)
         found = matches(trainer.agent, trainer.replay)
         trainer.close()
