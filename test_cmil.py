@@ -4633,6 +4633,8 @@ def test_baoding_reset_is_a_fresh_start(hand):
     hand.reset(seed=9)
     assert np.abs(first - hand.data.qpos)[hand._hand].std() > .005       # the start is wide
     assert np.abs(hand.balls_in(first) - hand.balls_in(hand.data.qpos)).max() > 5e-4
+    away = np.linalg.norm(hand.balls_in(hand.data.qpos)[:, :2] - hand.targets(0), axis=1)
+    assert (away > .018).all() and (away < .03).all()                    # m: targets lie outside
 
 
 @needs_kitchen

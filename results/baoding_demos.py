@@ -89,7 +89,10 @@ def made_rough(env, demos):
     pool, found, seed = make_baoding.Pool(env.model, 1), [], int(demos["seed"][0])
     with contextlib.redirect_stdout(sys.stderr):
         (plain,), _ = make_baoding.collect(env, pool, 1, seed + 1000, make_baoding.PLAIN)
+    last = seed + 20 * len(demos["seed"])
     while len(found) < len(demos["seed"]):
+        if seed == last:
+            sys.exit(f"baoding_demos: the expert succeeded {len(found)} times up to seed {seed}")
         expert = make_baoding.Expert(env, make_baoding.GUIDED, np.random.default_rng([seed, 1]),
                                      pool, plain["action"].astype(float))
         seen, action, info = watched(env, seed, expert.act)
