@@ -1,6 +1,7 @@
 """Tests of cmil.py and envs.py, in the order of cmil.py; the environments and whole runs follow.
 
-    pytest -q                 everything but the slow ones: seven minutes on two busy CPU cores
+    pytest -q                 everything but the slow ones: 7 to 14 minutes
+    pytest -q -n 2            two at a time, with pytest-xdist: half of that
     pytest -q -m stress       the slow ones: learning must improve, all demos re-simulated
     pytest -q -k "not kitchen"
 
@@ -4634,7 +4635,7 @@ def test_baoding_reset_is_a_fresh_start(hand):
     assert np.abs(first - hand.data.qpos)[hand._hand].std() > .005       # the start is wide
     assert np.abs(hand.balls_in(first) - hand.balls_in(hand.data.qpos)).max() > 5e-4
     away = np.linalg.norm(hand.balls_in(hand.data.qpos)[:, :2] - hand.targets(0), axis=1)
-    assert (away > .018).all() and (away < .03).all()                    # m: targets lie outside
+    assert (away > .018).all() and (away < .03).all()  # m from the balls
 
 
 @needs_kitchen

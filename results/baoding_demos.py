@@ -92,7 +92,7 @@ def made_rough(env, demos):
     last = seed + 20 * len(demos["seed"])
     while len(found) < len(demos["seed"]):
         if seed == last:
-            sys.exit(f"baoding_demos: the expert succeeded {len(found)} times up to seed {seed}")
+            sys.exit(f"baoding_demos: the expert succeeded {len(found)} times before seed {seed}")
         expert = make_baoding.Expert(env, make_baoding.GUIDED, np.random.default_rng([seed, 1]),
                                      pool, plain["action"].astype(float))
         seen, action, info = watched(env, seed, expert.act)
