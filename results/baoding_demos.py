@@ -86,19 +86,18 @@ def as_shipped(env, demos):
 
 def made_rough(env, demos):
     """As many successful episodes from the same resets on, guided by one unguided success."""
-    pool, found, seed = make_baoding.Pool(env.model, 1), [], int(demos["seed"][0])
+    pool, found, first = make_baoding.Pool(env.model, 1), [], int(demos["seed"][0])
     with contextlib.redirect_stdout(sys.stderr):
-        (plain,), _ = make_baoding.collect(env, pool, 1, seed + 1000, make_baoding.PLAIN)
-    last = seed + 20 * len(demos["seed"])
-    while len(found) < len(demos["seed"]):
-        if seed == last:
-            sys.exit(f"baoding_demos: the expert succeeded {len(found)} times before seed {seed}")
+        (plain,), _ = make_baoding.collect(env, pool, 1, first + 1000, make_baoding.PLAIN)
+    tries = 20 * len(demos["seed"])
+    for seed in range(first, first + tries):
         expert = make_baoding.Expert(env, make_baoding.GUIDED, np.random.default_rng([seed, 1]),
                                      pool, plain["action"].astype(float))
         seen, action, info = watched(env, seed, expert.act)
         found += [(seen, action)] if info["success"] else []
-        seed += 1
-    return map(np.array, zip(*found))
+        if len(found) == len(demos["seed"]):
+            return map(np.array, zip(*found))
+    sys.exit(f"baoding_demos: the expert succeeded in {len(found)} of {tries} episodes")
 
 
 def fit(seen, action, seed, steps=3_000):
