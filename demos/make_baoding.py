@@ -20,116 +20,120 @@ The file holds simulator states and actions, no pixels: see demos/README.md. Uni
 0.1 s. World frame: the palm looks up (+z), the fingers point along +y, the thumb is at +x.
 """
 import os
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import mujoco
 import mujoco.rollout
 import numpy as np
+from recording import arguments, fail, full_state, roll, save, undrawn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import envs                                               # noqa: E402  one folder up
-from recording import (                                   # noqa: E402  beside this file
-    arguments, fail, full_state, roll, save, undrawn)
-
-CORRELATION = 0.4                     # of the noise of one step of the plan with the next
-SCALE = (0.25, 1.2)                   # each sample's noise is sigma times e^U(ln .25, ln 1.2)
-TEMPERATURE = (0.1, 0.5)              # half of what the best tenth of the costs spans
+CORRELATION = 0.4  # of the noise of one step of the plan with the next
+SCALE = (0.25, 1.2)  # each sample's noise is sigma times e^U(ln .25, ln 1.2)
+TEMPERATURE = (0.1, 0.5)  # half of what the best tenth of the costs spans
 
 
 @dataclass
 class Search:
-    """How hard to look. Costs are those of a step, beside distances in units of 2 cm."""
+    """Say how hard to look. Costs are those of a step, beside distances in units of 2 cm."""
+
     samples: int = 128
     horizon: int = 8
-    sigma: float = 0.5                # std of an action's noise
-    pull: float = 0.0                 # the plan moves so far towards the reference
-    near: float = 0.0                 # weight of the squared deviation from it
-    smooth: float = 0.0               # weight of the squared change of action
+    sigma: float = 0.5  # std of an action's noise
+    pull: float = 0.0  # the plan moves so far towards the reference
+    near: float = 0.0  # weight of the squared deviation from it
+    smooth: float = 0.0  # weight of the squared change of action
 
 
-PLAIN, GUIDED = Search(), Search(64, 8, 0.25, pull=0.3, near=0.5, smooth=1.0)
+PLAIN = Search()
+GUIDED = Search(64, 8, 0.25, pull=0.3, near=0.5, smooth=1.0)
 
 
 class Expert:
-    """MPPI for one episode. reference (T, 20): actions to stay near, or None."""
+    """Search by MPPI for one episode. reference (T, 20): actions to stay near, or None."""
 
     def __init__(self, env, search, rng, pool, reference=None):
-        self.env, self.search, self.rng, self.pool = env, search, rng, pool
+        self.env = env
+        self.search = search
+        self.rng = rng
+        self.pool = pool
         self.reference = reference
         self.plan = np.zeros((search.horizon, env.action_dim))
         self.last = np.zeros(env.action_dim)
         rests = np.isclose(env.control(-np.ones(env.action_dim)), env.control(self.last))
-        self.least = np.where(rests, 0, -1)     # a joint at its limit can only go up from action 0
+        self.least = np.where(rests, 0, -1)  # a joint at its limit can only go up from action 0
         if reference is not None:
             self.plan[:] = self.ahead(0)
 
     def ahead(self, t):
-        """The reference for the steps of the plan: (H, 20); its last action goes on for ever."""
+        """Return the reference for the plan's steps: (H, 20); its last action goes on for ever."""
         rows = np.arange(t, t + self.search.horizon)
         return self.reference[np.minimum(rows, len(self.reference) - 1)]
 
-    def act(self, t, data):
-        """One search from the simulation's present state -> action (20,) float32 in [-1, 1]."""
+    def act(self, t):
+        """Search from the simulation's present state -> action (20,) float32 in [-1, 1]."""
         if self.reference is not None:
             self.plan += self.search.pull * (self.ahead(t) - self.plan)
-        plans = np.clip(self.plan + self.noise(), -1, 1)                   # (N, H, 20)
-        cost = self.cost(t, plans, self.simulate(plans, data))             # (N,)
-        low, share = cost.min(), TEMPERATURE[0]
-        temperature = TEMPERATURE[1] * (np.quantile(cost, share) - low) + 1e-9
+        plans = np.clip(self.plan + self.noise(), -1, 1)  # (N, H, 20)
+        cost = self.cost(t, plans, self.simulate(plans))  # (N,)
+        low = cost.min()
+        share, factor = TEMPERATURE
+        temperature = factor * (np.quantile(cost, share) - low) + 1e-9
         weight = np.exp((low - cost) / temperature)
-        self.plan = np.tensordot(weight / weight.sum(), plans, 1)          # (H, 20)
+        self.plan = np.tensordot(weight / weight.sum(), plans, 1)  # (H, 20)
         action = np.maximum(self.plan[0], self.least).astype(np.float32)
         self.plan = np.concatenate([self.plan[1:], self.plan[-1:]])
         self.last = action
         return action
 
     def noise(self):
-        """(N, H, 20), correlated along H, of a scale of its own in each sample; none in the first.
-        """
+        """Draw (N, H, 20), correlated along H, each sample of a scale of its own, the first 0."""
         s = self.search
         fresh = self.rng.normal(size=(s.samples, s.horizon, self.env.action_dim))
         for h in range(1, s.horizon):
-            fresh[:, h] = (CORRELATION * fresh[:, h - 1]
-                           + np.sqrt(1 - CORRELATION ** 2) * fresh[:, h])
+            new = np.sqrt(1 - CORRELATION**2) * fresh[:, h]
+            fresh[:, h] = CORRELATION * fresh[:, h - 1] + new
         scale = np.exp(self.rng.uniform(*np.log(SCALE), size=(s.samples, 1, 1)))
         scale[0] = 0
         return s.sigma * scale * fresh
 
-    def simulate(self, plans, data):
+    def simulate(self, plans):
         """Run plans (N, H, 20) in the simulator, side by side -> balls (N, H, 2, 3)."""
-        env, substeps = self.env, self.env.SUBSTEPS
-        state = full_state(env.model, data, mujoco.mjtState.mjSTATE_FULLPHYSICS)
-        control = np.repeat(env.control(plans), substeps, 1)               # (N, H substeps, 20)
+        env = self.env
+        substeps = env.SUBSTEPS
+        state = full_state(env, mujoco.mjtState.mjSTATE_FULLPHYSICS)
+        control = np.repeat(env.control(plans), substeps, 1)  # (N, H substeps, 20)
+        warmstart = env.data.qacc_warmstart[None]
         states, _ = self.pool.rollout(
-            env.model, self.pool.data, state[None], control,
-            initial_warmstart=data.qacc_warmstart[None])
-        qpos = states[:, substeps - 1::substeps, 1:1 + env.model.nq]       # column 0: time
+            env.model, self.pool.data, state[None], control, initial_warmstart=warmstart
+        )
+        qpos = states[:, substeps - 1 :: substeps, 1 : 1 + env.model.nq]  # column 0: time
         return env.balls_in(qpos)
 
     def cost(self, t, plans, balls):
-        """plans (N, H, 20), balls (N, H, 2, 3) -> (N,)"""
-        s, target = self.search, self.env.targets(t + 1 + np.arange(self.search.horizon))  # (H,2,2)
-        distance = np.linalg.norm(balls[..., :2] - target, axis=-1).sum(-1)                # (N, H)
-        line, wanted = (x[..., 0, :2] - x[..., 1, :2] for x in (balls, target))
+        """Return what plans (N, H, 20) cost that bring the balls to (N, H, 2, 3): (N,)."""
+        search = self.search
+        target = self.env.targets(t + 1 + np.arange(search.horizon))  # (H, 2, 2)
+        distance = np.linalg.norm(balls[..., :2] - target, axis=-1).sum(-1)  # (N, H)
+        line = balls[..., 0, :2] - balls[..., 1, :2]
+        wanted = target[..., 0, :2] - target[..., 1, :2]
         cross = line[..., 0] * wanted[..., 1] - line[..., 1] * wanted[..., 0]
         angle = np.abs(np.arctan2(cross, (line * wanted).sum(-1)))
         lowest = balls[..., 2].min(-1)
-        cost = (distance / 0.02 + 1.5 * angle + np.maximum(0, 0.11 - lowest) / 0.005
-                + 20 * (lowest < 0.08))
-        change = np.diff(plans, axis=1, prepend=np.broadcast_to(self.last, plans[:, :1].shape))
-        cost += s.smooth * np.square(change).mean(-1)
+        sinking = np.maximum(0, 0.11 - lowest) / 0.005
+        cost = distance / 0.02 + 1.5 * angle + sinking + 20 * (lowest < 0.08)
+        before = np.broadcast_to(self.last, plans[:, :1].shape)
+        change = np.diff(plans, axis=1, prepend=before)
+        cost += search.smooth * np.square(change).mean(-1)
         if self.reference is not None:
-            cost += s.near * np.square(plans - self.ahead(t)).mean(-1)
-        weight = np.ones(s.horizon)
+            cost += search.near * np.square(plans - self.ahead(t)).mean(-1)
+        weight = np.ones(search.horizon)
         weight[-1] = 2
         return cost @ weight / weight.sum()
 
 
 class Pool(mujoco.rollout.Rollout):
-    """MuJoCo's threads, with their data."""
+    """Keep MuJoCo's threads, with their data."""
 
     def __init__(self, model, threads):
         super().__init__(nthread=threads)
@@ -137,39 +141,43 @@ class Pool(mujoco.rollout.Rollout):
 
 
 def episode(env, seed, search, pool, reference=None):
-    """The expert's episode for this seed, which fixes all of it -> demo, info of the last step."""
+    """Play the expert's episode for this seed, which fixes all of it -> demo, last info."""
     expert = Expert(env, search, np.random.default_rng([seed, 1]), pool, reference)
     demo, infos = roll(env, seed, expert.act)
     return demo, infos[-1]
 
 
 def roughness(action):
-    """Mean absolute change of an action from one step to the next: (..., T, 20) -> float."""
+    """Return the mean absolute change of an action (..., T, 20) from one step to the next."""
     return float(np.abs(np.diff(action, axis=-2)).mean())
 
 
 def smoothed(actions, width=0.7):
-    """Mean of episodes (N, T, 20), smoothed along T by a Gaussian of `width` steps -> (T, 20)."""
+    """Average episodes (N, T, 20), smooth along T by a Gaussian of `width` steps -> (T, 20)."""
     offset = np.arange(-3, 4)
     kernel = np.exp(-0.5 * (offset / width) ** 2)
     padded = np.pad(np.mean(actions, 0), ((3, 3), (0, 0)), mode="edge")
-    rows = np.arange(len(padded) - 6)[:, None] + offset + 3                # (T, 7)
+    rows = np.arange(len(padded) - 6)[:, None] + offset + 3  # (T, 7)
     return np.tensordot(padded[rows], kernel / kernel.sum(), ([1], [0]))
 
 
 def collect(env, pool, n, seed, search, reference=None):
-    """`n` successful episodes from reset seeds `seed`, `seed` + 1, ... -> demos, number of tries"""
-    demos, tries = [], 0
+    """Collect `n` successful episodes from reset seeds `seed`, ... -> demos, number of tries."""
+    demos = []
+    tries = 0
     while len(demos) < n:
         if tries >= 10 + 3 * n:
-            fail(f"{tries - len(demos)} of {tries} attempts failed: are these the versions of "
-                 "requirements.txt?")
+            failures = tries - len(demos)
+            fail(f"{failures} of {tries} attempts failed: are these requirements.txt's versions?")
         began = time.time()
         demo, info = episode(env, seed + tries, search, pool, reference)
-        print(f"seed {seed + tries}: {'kept' if info['success'] else 'discarded'}, "
-              f"{info['rotation']:.2f} turns, error {1e3 * info['error']:.1f} mm, "
-              f"{'a ball fell, ' if info['dropped'] else ''}roughness "
-              f"{roughness(demo['action']):.3f}, {time.time() - began:.0f} s", flush=True)
+        print(
+            f"seed {seed + tries}: {'kept' if info['success'] else 'discarded'}, "
+            f"{info['log/rotation']:.2f} turns, error {1e3 * info['log/error']:.1f} mm, "
+            f"{info['log/dropped']:.0f} dropped, roughness {roughness(demo['action']):.3f}, "
+            f"{time.time() - began:.0f} s",
+            flush=True,
+        )
         tries += 1
         if info["success"]:
             demos.append(demo)
@@ -177,7 +185,7 @@ def collect(env, pool, n, seed, search, reference=None):
 
 
 def make_reference(env, pool, seed):
-    """Stages 1 to 3 -> actions (T, 20) for the demonstrations to stay near."""
+    """Play stages 1 to 3 -> actions (T, 20) for the demonstrations to stay near."""
     print("stage 1: one success without a reference")
     demos, _ = collect(env, pool, 1, seed, PLAIN)
     reference = demos[0]["action"].astype(float)
@@ -191,15 +199,15 @@ def make_reference(env, pool, seed):
 def main():
     args = arguments("baoding", 20, threads=(os.cpu_count(), "of the simulator"))
     began = time.time()
-    env = undrawn(envs.Baoding)
+    env = undrawn("baoding")
     pool = Pool(env.model, args.threads)
     reference = make_reference(env, pool, args.seed + 1000)
     print(f"stage 4: the demonstrations ({time.time() - began:.0f} s so far)")
     demos, tries = collect(env, pool, args.n, args.seed, GUIDED, reference)
     save(args.out, "baoding", env, demos)
-    print(f"{args.n} of {tries} attempts succeeded; roughness "
-          f"{np.mean([roughness(demo['action']) for demo in demos]):.3f}; {args.out}, "
-          f"{args.out.stat().st_size / 1e6:.2f} MB, in {time.time() - began:.0f} s")
+    rough = np.mean([roughness(demo["action"]) for demo in demos])
+    took = time.time() - began
+    print(f"{args.n} of {tries} attempts succeeded; roughness {rough:.3f}, {took:.0f} s")
 
 
 if __name__ == "__main__":

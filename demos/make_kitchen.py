@@ -18,46 +18,50 @@ fraction of the distance it is asked for, and sags under its own weight, unless 
 The file holds simulator states and actions, no pixels: see demos/README.md. Units: m, rad, steps
 of 0.08 s. World frame: x to the right, y into the kitchen, z up; the robot's base is (0, 0, 1.8).
 """
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Callable
 
 import mujoco
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import envs                                                     # noqa: E402  one folder up
-from recording import arguments, fail, roll, save, undrawn      # noqa: E402  beside this file
+from recording import arguments, fail, roll, save, undrawn
 
 # ---- the robot ------------------------------------------------------------------------------
-DT = 0.08                     # s: the environment's target is q_measured + 2 rad/s * DT * action
-REACH = 2 * DT                # rad a full action (+-1) puts the target ahead of the joint
-ARM = slice(0, 7)             # qpos and action layout: seven arm joints, then the two fingers
+DT = 0.08  # s: the environment's target is q_measured + 2 rad/s * DT * action
+REACH = 2 * DT  # rad a full action (+-1) puts the target ahead of the joint
+ARM = slice(0, 7)  # qpos and action layout: seven arm joints, then the two fingers
 # Joint damping dominates: in one step a joint covers the fraction 1 - exp(-kp DT / damping).
-KP = np.array([870.0] * 4 + [120.0] * 3)                 # Nm / rad, servo stiffness
+KP = np.array([870.0] * 4 + [120.0] * 3)  # Nm / rad, servo stiffness
 COVERED = np.array([0.50] * 4 + [0.62] * 3)
-MAX_STEP = np.array([0.066] * 4 + [0.088] * 3)           # rad a step, where the torque saturates
+MAX_STEP = np.array([0.066] * 4 + [0.088] * 3)  # rad a step, where the torque saturates
 Q_LOW = np.array([-2.85, -1.75, -2.85, -3.0, -2.85, 0.03, -2.85])
 Q_HIGH = np.array([2.85, 1.75, 2.85, -0.45, 2.85, 2.08, 2.85])
-TOOL = 0.03                   # the tool point lies this far ahead of the end_effector site
-OPEN, HALF, CLOSED = 0.04, 0.03, 0.0                     # m, finger positions
+TOOL = 0.03  # the tool point lies this far ahead of the end_effector site
+OPEN = 0.04  # m, finger positions
+HALF = 0.03
+CLOSED = 0.0
 
 # ---- inverse kinematics ---------------------------------------------------------------------
-IK_STEPS, DAMPING, NULL_GAIN = 8, 1e-4, 0.03
-WEIGHT = np.array([1, 1, 1, 0.3, 0.3, 0.1])              # position, pointing direction, roll
-CARROT, CARROT_TURN = 0.05, 0.25                         # m and rad: how far ahead IK aims
+IK_STEPS = 8
+DAMPING = 1e-4
+NULL_GAIN = 0.03
+WEIGHT = np.array([1, 1, 1, 0.3, 0.3, 0.1])  # position, pointing direction, roll
+CARROT = 0.05  # m: how far ahead IK aims
+CARROT_TURN = 0.25  # rad
 
 # ---- variation between the demonstrations (so that they cover a tube, not a line) -------------
-SPEED = (0.75, 1.0)           # an episode's factor on MAX_STEP, uniform
-KEY_JITTER, POINT_JITTER = 0.05, 0.007                   # rad a joint and m, drawn at each phase
-ACTION_NOISE = 0.05           # standard deviation, on all nine actions at each step
-MAX_RETRIES = 3               # for each task; they use half the jitter
+SPEED = (0.75, 1.0)  # an episode's factor on MAX_STEP, uniform
+KEY_JITTER = 0.05  # rad a joint, drawn at each phase
+POINT_JITTER = 0.007  # m
+ACTION_NOISE = 0.05  # standard deviation, on all nine actions at each step
+MAX_RETRIES = 3  # for each task; they use half the jitter
 
 # ---- the task ---------------------------------------------------------------------------------
-DEADLINE = 250                # all four tasks must be done by this step, and still be at the end
-LIGHT, SLIDE, MICROWAVE, KETTLE = 17, 19, 22, slice(23, 26)      # where qpos has their state
+DEADLINE = 250  # all four tasks must be done by this step, and still be at the end
+LIGHT = 17  # where qpos has their state
+SLIDE = 19
+MICROWAVE = 22
+KETTLE = slice(23, 26)
 
 # Seven joint angles where each stage happens. They were found once: about 200 collision-free IK
 # solutions for each waypoint, then the path through them (Viterbi) with the shortest joint travel
@@ -86,19 +90,22 @@ KEY_POSES = {
 
 # ---- small geometry ---------------------------------------------------------------------------
 def rot_z(angle):
-    c, s = np.cos(angle), np.sin(angle)
+    """Return the rotation (3, 3) about z."""
+    c = np.cos(angle)
+    s = np.sin(angle)
     return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
 
 
 def rotation_vector(R):
-    """Axis times angle of a rotation matrix (3, 3) (the hand never turns by half a circle)."""
-    axis = np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]])    # 2 sin(angle)
-    sine, cosine = np.linalg.norm(axis) / 2, (np.trace(R) - 1) / 2
+    """Return axis times angle of a rotation (3, 3); the hand never turns by half a circle."""
+    axis = np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]])  # 2 sin(angle)
+    sine = np.linalg.norm(axis) / 2
+    cosine = (np.trace(R) - 1) / 2
     return axis / 2 * (np.arctan2(sine, cosine) / sine if sine > 1e-9 else 1.0)
 
 
 def rotation_matrix(v):
-    """Inverse of rotation_vector: Rodrigues' formula."""
+    """Invert rotation_vector: Rodrigues' formula."""
     angle = np.linalg.norm(v)
     x, y, z = v / max(angle, 1e-12)
     K = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
@@ -106,6 +113,7 @@ def rotation_matrix(v):
 
 
 def shorten(v, length):
+    """Return the vector v, at most this long."""
     return v * min(1.0, length / max(np.linalg.norm(v), 1e-12))
 
 
@@ -118,32 +126,38 @@ class Scene:
     """
 
     def __init__(self, model):
-        self.model, self.data = model, mujoco.MjData(model)
+        self.model = model
+        self.data = mujoco.MjData(model)
         self.hand = model.site("end_effector").id
         self.hand_body = int(model.site_bodyid[self.hand])
 
     def see(self, qpos):
-        self.qpos, self.q = qpos.copy(), qpos[ARM].copy()
+        """Look at the environment's present positions."""
+        self.qpos = qpos.copy()
+        self.q = qpos[ARM].copy()
         self.tool, self.R, _ = self.forward(self.q)
         self.slide = self.data.site("slide_site").xpos.copy()
         self.kettle = self.qpos[KETTLE]
 
     def forward(self, q, jacobian=False):
-        """Arm joints (7,) -> tool point (3,), hand rotation (3, 3), Jacobian (6, 7) or None."""
-        model, data = self.model, self.data
-        data.qpos[:], data.qpos[ARM] = self.qpos, q
+        """Return tool point (3,), hand rotation (3, 3), Jacobian (6, 7) or None at joints (7,)."""
+        model = self.model
+        data = self.data
+        data.qpos[:] = self.qpos
+        data.qpos[ARM] = q
         mujoco.mj_kinematics(model, data)
         R = data.site_xmat[self.hand].reshape(3, 3).copy()
         tool = data.site_xpos[self.hand] + TOOL * R[:, 2]
         if not jacobian:
             return tool, R, None
-        mujoco.mj_comPos(model, data)                     # mj_jac needs it
-        move, turn = np.zeros((3, model.nv)), np.zeros((3, model.nv))
+        mujoco.mj_comPos(model, data)  # mj_jac needs it
+        move = np.zeros((3, model.nv))
+        turn = np.zeros((3, model.nv))
         mujoco.mj_jac(model, data, move, turn, tool, self.hand_body)
-        return tool, R, np.vstack([move[:, ARM], R.T @ turn[:, ARM]])   # turns: hand's frame
+        return tool, R, np.vstack([move[:, ARM], R.T @ turn[:, ARM]])  # turns: hand's frame
 
     def solve(self, tool_goal, R_goal, key):
-        """Arm joints that bring the tool near (tool_goal, R_goal), among those the nearest to key.
+        """Return arm joints that bring the tool near (tool_goal, R_goal), the nearest to key.
 
         Damped least squares, dq = J' (J J' + damping)^-1 error, plus a pull towards the key pose
         in the null space. A joint at its limit is frozen, and the others are solved again.
@@ -165,47 +179,57 @@ class Scene:
 
     # -- the microwave's door: a hinge whose body is yawed by 0.3 rad --
     def door_handle(self, q):
-        """Centre of the handle at door angle q, at the height where it is gripped."""
-        hinge, arm = np.array([-1.128, 0.455, 1.86]), np.array([0.475, -0.108, 0.0])
+        """Return the centre of the handle at door angle q, at the height where it is gripped."""
+        hinge = np.array([-1.128, 0.455, 1.86])
+        arm = np.array([0.475, -0.108, 0.0])
         return hinge + rot_z(0.3 + q) @ arm
 
     def door_normal(self, q):
+        """Return the direction at right angles to the door at angle q."""
         return rot_z(0.3 + q) @ np.array([0, 1.0, 0])
 
-    # The hand turns AGAINST the door while pulling, so that the left finger hooks behind the
-    # handle. A hand that turns with the door slips off after 0.33 rad.
     def hook(self):
+        """Return the hand's rotation while it pulls: against the door's.
+
+        So the left finger hooks behind the handle. A hand that turns with the door slips off after
+        0.33 rad.
+        """
         return rot_z(-0.4 * self.qpos[MICROWAVE])
 
     def pull_point(self):
-        ahead = self.qpos[MICROWAVE] - 0.2                # a little further open than it is now
+        """Return where to pull the handle to: a little further open than it is now."""
+        ahead = self.qpos[MICROWAVE] - 0.2
         return self.door_handle(ahead) + 0.02 * self.hook() @ self.door_normal(0)
 
     def from_kettle(self):
+        """Return the horizontal distance of tool and kettle."""
         return np.linalg.norm(self.tool[:2] - self.kettle[:2])
 
 
 # ---- the phases ---------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Phase:
-    key: str                                     # key pose: goal (J), or posture to stay near (C)
-    grip: float                                  # finger position
-    limit: int                                   # steps after which the phase ends anyway
-    target: Callable = None                      # scene -> tool point: makes it a C phase
-    until: Callable = None                       # scene -> bool: the phase's aim is reached
-    near: float = 0.0                            # also ends this near to its goal (rad: J, m: C)
-    turn: Callable = None                        # scene -> rotation added to the key's orientation
-    contact: bool = False                        # at an object: half the jitter
-    check: Callable = None                       # scene -> bool: if False at the end, retry
+    """Hold one stage of the plan: where to go, and when it ends."""
+
+    key: str  # key pose: goal (J), or posture to stay near (C)
+    grip: float  # finger position
+    limit: int  # steps after which the phase ends anyway
+    target: Callable = None  # scene -> tool point: makes it a C phase
+    until: Callable = None  # scene -> bool: the phase's aim is reached
+    near: float = 0.0  # also ends this near to its goal (rad: J, m: C)
+    turn: Callable = None  # scene -> rotation added to the key's orientation
+    contact: bool = False  # at an object: half the jitter
+    check: Callable = None  # scene -> bool: if False at the end, retry
 
 
 def at(*point):
+    """Aim at a fixed point."""
     return lambda s: np.array(point)
 
 
 def before_handle(depth):
-    """A point on the line through the microwave's handle, at right angles to the door."""
-    return lambda s: (s.door_handle(s.qpos[MICROWAVE]) + depth * s.door_normal(s.qpos[MICROWAVE]))
+    """Aim at the line through the microwave's handle, at right angles to the door."""
+    return lambda s: s.door_handle(s.qpos[MICROWAVE]) + depth * s.door_normal(s.qpos[MICROWAVE])
 
 
 PHASES = [
@@ -242,23 +266,26 @@ PHASES = [
     Phase("sl_in", CLOSED, 15, at(-0.175, 0.635, 2.57), near=0.02, contact=True),
     Phase("sl_push", CLOSED, 40, lambda s: np.array([s.slide[0] + 0.06, 0.63, 2.57]),
           lambda s: s.qpos[SLIDE] > 0.36, contact=True, check=lambda s: s.qpos[SLIDE] > 0.25),
-    Phase("rest", CLOSED, np.inf),                        # park at the right, out of the way
+    Phase("rest", CLOSED, np.inf),  # park at the right, out of the way
 ]
 
 
 # ---- the controller -----------------------------------------------------------------------------
 class Expert:
-    """Walks through PHASES. act() is called once a step; `rng` draws all of the variation."""
+    """Walk through PHASES. act() is called once a step; `rng` draws all of the variation."""
 
     def __init__(self, scene, rng):
-        self.scene, self.rng = scene, rng
-        self.cap = MAX_STEP * rng.uniform(*SPEED)         # rad a step, this episode's speed limit
-        self.retries = {}                                 # task prefix -> times it was begun again
+        self.scene = scene
+        self.rng = rng
+        self.cap = MAX_STEP * rng.uniform(*SPEED)  # rad a step, this episode's speed limit
+        self.retries = {}  # task prefix -> times it was begun again
         self.enter(0)
 
     def enter(self, i):
         """Begin phase i: draw its jitter."""
-        self.i, self.phase, self.age = i, PHASES[i], 0
+        self.i = i
+        self.phase = PHASES[i]
+        self.age = 0
         size = 0.5 if self.phase.contact else 1.0
         size *= 0.5 if self.retries.get(self.phase.key[:2]) else 1.0
         key = np.array(KEY_POSES[self.phase.key]) + size * KEY_JITTER * self.rng.normal(size=7)
@@ -266,10 +293,13 @@ class Expert:
         self.shift = size * POINT_JITTER * self.rng.normal(size=3)
 
     def target(self):
+        """Return this C phase's tool point (3,), with its jitter."""
         return self.phase.target(self.scene) + self.shift
 
     def finished(self):
-        phase, scene = self.phase, self.scene
+        """Return whether the phase's aim is reached or its time is up."""
+        phase = self.phase
+        scene = self.scene
         if self.age >= phase.limit or (phase.until and phase.until(scene)):
             return True
         if phase.target:
@@ -279,25 +309,27 @@ class Expert:
     def advance(self):
         """Go on to the next phase, or back to the task's first one if its check fails."""
         task = self.phase.key[:2]
-        if self.phase.check and not self.phase.check(self.scene) \
-                and self.retries.get(task, 0) < MAX_RETRIES:
-            self.retries[task] = self.retries.get(task, 0) + 1
+        failed = self.phase.check and not self.phase.check(self.scene)
+        retries = self.retries.get(task, 0)
+        if failed and retries < MAX_RETRIES:
+            self.retries[task] = retries + 1
             self.enter(next(i for i, p in enumerate(PHASES) if p.key.startswith(task)))
         else:
             self.enter(self.i + 1)
 
     def act(self, qpos, gravity):
-        """qpos (30,), gravity: torques on the arm (7,) -> action (9,) float32 in [-1, 1]."""
+        """Return the action (9,) float32 at qpos (30,). gravity: torques on the arm (7,)."""
         self.scene.see(qpos)
-        while self.finished():                            # the last phase never is
+        while self.finished():  # the last phase never is
             self.advance()
         self.age += 1
         wanted = self.reach() if self.phase.target else self.key
         return self.servo(qpos, wanted - self.scene.q, gravity)
 
     def reach(self):
-        """C phases: joints a carrot's length on the way to the target."""
-        scene, turn = self.scene, self.phase.turn
+        """Return joints a carrot's length on the way to the target, in C phases."""
+        scene = self.scene
+        turn = self.phase.turn
         R_key = scene.forward(self.key)[1]
         R_goal = turn(scene) @ R_key if turn else R_key
         tool = scene.tool + shorten(self.target() - scene.tool, CARROT)
@@ -305,58 +337,68 @@ class Expert:
         return scene.solve(tool, R, self.key)
 
     def servo(self, qpos, dq, gravity):
-        """Joint step dq (7,) -> action. Inverts what the position servo does with it.
+        """Return the action for a joint step dq (7,): invert what the position servo does.
 
             target = q + REACH * action;  moved = COVERED * (target - q - gravity / KP)
         One factor scales all joints down to their speed limits: the path stays straight.
         """
         dq = dq / max(1.0, (np.abs(dq) / self.cap).max())
         arm = (dq / COVERED + gravity / KP) / REACH
-        grip = {OPEN: 1.0, CLOSED: -1.0}.get(self.phase.grip)           # with full force, or
-        fingers = (self.phase.grip - qpos[7:9]) / REACH if grip is None else [grip, grip]
+        if self.phase.grip == HALF:
+            fingers = (HALF - qpos[7:9]) / REACH
+        else:  # with full force
+            fingers = [1.0, 1.0] if self.phase.grip == OPEN else [-1.0, -1.0]
         action = np.concatenate([arm, fingers]) + ACTION_NOISE * self.rng.normal(size=9)
         return np.clip(action, -1, 1).astype(np.float32)
 
 
 # ---- episodes -----------------------------------------------------------------------------------
-def first_done(infos):
-    """Task -> the step at which it was first completed, from the infos of all steps."""
-    done = {}
-    for t, info in enumerate(infos):
-        done = {**dict.fromkeys(info["tasks"], t + 1), **done}
-    return done
-
-
 def expert_episode(env, scene, seed):
-    """The expert's episode for this seed, which fixes all of its variation too."""
+    """Play the expert's episode for this seed, which fixes all of its variation too."""
     expert = Expert(scene, np.random.default_rng(seed))
-    demo, infos = roll(env, seed, lambda t, data: expert.act(data.qpos, data.qfrc_bias[ARM]))
-    return demo, first_done(infos)
+    done = {}  # task -> the step at which it was first completed
+
+    def note(t):
+        for task in env.completed:
+            done.setdefault(task, t)
+
+    def policy(t):
+        note(t)
+        return expert.act(env.qpos, env.data.qfrc_bias[ARM])
+
+    demo, _ = roll(env, seed, policy)
+    note(env.episode_steps)
+    return demo, done
 
 
 def main():
-    args, began = arguments("kitchen", 10), time.time()
-    env = undrawn(envs.Kitchen)
-    scene, demos, last, tries = Scene(env.model), [], [], 0
+    args = arguments("kitchen", 10)
+    began = time.time()
+    env = undrawn("kitchen")
+    scene = Scene(env.model)
+    demos = []
+    last = []
+    tries = 0
     while len(demos) < args.n:
         if tries >= 10 + 2 * args.n:
-            fail(f"{tries - len(demos)} of {tries} attempts failed: are these the versions of "
-                 "requirements.txt?")
-        seed, tries = args.seed + tries, tries + 1
+            failures = tries - len(demos)
+            fail(f"{failures} of {tries} attempts failed: are these requirements.txt's versions?")
+        seed = args.seed + tries
+        tries += 1
         demo, done = expert_episode(env, scene, seed)
-        held = env.tasks_in(demo["qpos"][-1:])                   # still satisfied at the very end
-        good = len(held) == len(env.TASKS) and max(done.values()) <= DEADLINE
-        print(f"seed {seed}: {'kept' if good else 'dropped'}, tasks done at "
-              + ", ".join(f"{task} {done.get(task, '-')}" for task in env.TASKS)
-              + f", {len(held)} hold at the end", flush=True)
+        held = env.tasks_in(demo["qpos"][-1:])  # still satisfied at the very end
+        good = len(held) == len(env.tasks) and max(done.values()) <= DEADLINE
+        steps = ", ".join(f"{task} {done.get(task, '-')}" for task in env.tasks)
+        verdict = "kept" if good else "dropped"
+        print(f"seed {seed}: {verdict}, tasks done at {steps}, {len(held)} hold at the end")
         if good:
             demos.append(demo)
             last.append(max(done.values()))
-
     save(args.out, "kitchen", env, demos)
-    print(f"{args.n} of {tries} attempts succeeded ({args.n / tries:.0%}), the last task at step "
-          f"{np.mean(last):.0f} +- {np.std(last):.0f} ({min(last)}-{max(last)}); {args.out}, "
-          f"{args.out.stat().st_size / 1e6:.2f} MB, in {time.time() - began:.0f} s")
+    print(
+        f"{args.n} of {tries} attempts succeeded, the last task at step {np.mean(last):.0f} +- "
+        f"{np.std(last):.0f} ({min(last)}-{max(last)}); {args.out}, {time.time() - began:.0f} s"
+    )
 
 
 if __name__ == "__main__":

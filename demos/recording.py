@@ -2,13 +2,13 @@
 import argparse
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 
-import mujoco
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import envs                                               # noqa: E402  one folder up
+import envs  # noqa: E402  one folder up
 
 
 def fail(message):
@@ -18,16 +18,16 @@ def fail(message):
 
 
 def arguments(name, n, **more):
-    """The command line of the expert for `name`: --n (default `n`), --seed, --out, checked.
+    """Read and check the command line of the expert for `name`: --n (default `n`), --seed, --out.
 
     more: further options for whole numbers of at least 1, as name=(default, help).
     """
     parser = argparse.ArgumentParser(description=f"Make demonstrations for {name}.")
-    parser.error = fail                                                    # one line, no usage text
+    parser.error = fail  # one line, no usage text
     counts = {"n": (n, "number of demonstrations"), **more}
     for option, (default, text) in counts.items():
         parser.add_argument(f"--{option}", type=int, default=default, help=text)
-    parser.add_argument("--seed", type=int, default=0, help="reset seed of the first attempt")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first attempt")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name(f"{name}.npz"))
     args = parser.parse_args()
     for option in counts:
@@ -42,49 +42,65 @@ def arguments(name, n, **more):
     return args
 
 
-def undrawn(environment):
-    """An environment of one of the project's own classes, without the time that drawing takes."""
+def undrawn(name):
+    """Make an environment that draws nothing, to save the time."""
     try:
-        return type(f"Undrawn{environment.__name__}", (environment,),
-                    {"_frame": lambda self: np.zeros((64, 64, 3), np.uint8)})()
+        env = envs.make_env(name)
     except envs.UserError as error:
         fail(str(error))
+    blank = np.zeros((64, 64, 3), np.uint8)
+    env.draw = lambda qpos: blank
+    return env
 
 
-def full_state(model, data, kind=mujoco.mjtState.mjSTATE_INTEGRATION):
-    state = np.empty(mujoco.mj_stateSize(model, kind))
-    mujoco.mj_getState(model, data, state, kind)
+def full_state(env, kind=None):
+    """Return all of an environment's state, float64: of mujoco (default: for replays), of Point."""
+    if isinstance(env, envs.Point):
+        return np.concatenate([env.qpos, env.velocity])
+    import mujoco
+    kind = kind or mujoco.mjtState.mjSTATE_INTEGRATION
+    state = np.empty(mujoco.mj_stateSize(env.model, kind))
+    mujoco.mj_getState(env.model, env.data, state, kind)
     return state
 
 
 def roll(env, seed, policy):
-    """An episode of policy(t, data) -> the demo's arrays, and the infos of all steps.
+    """Play an episode of policy(t) -> the demonstration's arrays, and the infos of all steps.
 
         row t      0         1         2      ...     T
         qpos      q0   ->   q1   ->   q2      ...    qT        (T+1, nq)  q0: just after reset
         action         a0        a1           ...              (T, A)     a_t led to q_t+1
     """
     env.reset(seed=seed)
-    start, qpos, actions, infos = full_state(env.model, env.data), [env.data.qpos.copy()], [], []
+    start = full_state(env)
+    qpos = [env.qpos]
+    actions = []
+    infos = []
     for t in range(env.episode_steps):
-        actions.append(policy(t, env.data))
+        actions.append(policy(t))
         infos.append(env.step(actions[-1])[4])
-        qpos.append(env.data.qpos.copy())
-    return {"seed": seed, "start": start, "qpos": np.array(qpos, np.float32),
-            "action": np.array(actions, np.float32)}, infos
+        qpos.append(env.qpos)
+    demo = {
+        "seed": seed,
+        "start": start,
+        "qpos": np.array(qpos, np.float32),
+        "action": np.array(actions, np.float32),
+    }
+    return demo, infos
 
 
 def save(path, name, env, demos):
-    """Write demos of `env`, called `name`, to `path`; first replay each from its seed.
+    """Write demonstrations of `env`, called `name`, to `path`; first replay each from its seed.
 
     The file is worth nothing unless seed and actions alone bring the same states back.
     """
     for demo in demos:
-        again, _ = roll(env, demo["seed"], lambda t, data: demo["action"][t])
+        again, _ = roll(env, demo["seed"], lambda t, demo=demo: demo["action"][t])
         if not np.array_equal(again["qpos"], demo["qpos"]):
             fail(f"seed {demo['seed']} does not replay: the simulator is not deterministic here")
+    version = "" if isinstance(env, envs.Point) else metadata.version("mujoco")
     arrays = {key: np.stack([demo[key] for demo in demos]) for key in demos[0]}
-    temporary = path.with_name(path.name + ".tmp")                         # no half file is left
+    temporary = path.with_name(path.name + ".tmp")  # no half file is left
     with open(temporary, "wb") as file:
-        np.savez_compressed(file, env=name, mujoco=mujoco.__version__, **arrays)
+        np.savez_compressed(file, env=name, mujoco=version, **arrays)
     os.replace(temporary, path)

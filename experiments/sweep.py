@@ -1,0 +1,86 @@
+"""Train and evaluate variants of the flags over seeds, one run after another, and print a table.
+
+    python experiments/sweep.py --out runs/sweep --seeds 0 1 --variants "" "--beta 1" "--algo bc" \\
+        -- --env point --threads 1 [any flag of cmil.py, for all runs]
+
+A variant is what it adds to the flags after --; its runs are --out/<method>[-flags]-s<seed>. A run
+that has its eval.json is not repeated, and one that was interrupted continues, so the same command
+resumes a sweep. --dry-run prints one command line a run instead, for a cluster's array job.
+"""
+import argparse
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import cmil  # noqa: E402
+from experiments import figures  # noqa: E402
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+def commands(args, flags, variant, seed):
+    """Return a run's folder, its training command and its evaluation command."""
+    flags = [*flags, *shlex.split(variant)]
+    algo = flags[flags.index("--algo") + 1] if "--algo" in flags else "cmil"
+    settings = re.sub(r"--algo\s+\S+", "", variant)
+    name = re.sub(r"[^\w.]+", "-", f"{algo} {settings}").strip("-")
+    run = pathlib.Path(args.out) / f"{name}-s{seed}"
+    program = HERE.parent / "cmil.py" if algo in cmil.METHODS else HERE / "baselines.py"
+    start = [sys.executable, str(program)]
+    train = [*start, *flags, "--seed", str(seed), "--logdir", str(run)]
+    evaluate = [*start, "--eval", str(run), "--episodes", str(args.episodes),
+                "--seed", str(args.eval_seed)]
+    return run, train, evaluate
+
+
+def train_and_evaluate(run, train, evaluate):
+    """Make one run and write its eval.json."""
+    print(shlex.join(train), flush=True)
+    try:
+        subprocess.run(train, check=True)
+        answer = subprocess.run(evaluate, check=True, stdout=subprocess.PIPE, text=True)
+    except (subprocess.CalledProcessError, KeyboardInterrupt):
+        cmil.die(f"{run} was stopped (see above); the same command continues the sweep")
+    (run / "eval.json").write_text(answer.stdout.splitlines()[-1] + "\n")
+
+
+def parse(argv):
+    """Split the command line at "--" -> this program's arguments, the flags of all runs."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: cmil.die(f"{message}; see experiments/sweep.py --help")
+    parser.add_argument("--out", required=True, help="folder of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--variants", nargs="+", default=[""])
+    parser.add_argument("--episodes", type=int, default=100, help="of each evaluation")
+    parser.add_argument("--eval-seed", type=int, default=2000, help="of each evaluation")
+    parser.add_argument("--dry-run", action="store_true", help="only print the commands")
+    cut = argv.index("--") if "--" in argv else len(argv)
+    options = {"-h", *(text for action in parser._actions for text in action.option_strings)}
+    # argparse takes "--no-data-critic" for an option of its own, but not with a blank behind it.
+    words = [f"{word} " if word.startswith("-") and word not in options else word
+             for word in argv[:cut]]
+    return parser.parse_args(words), argv[cut + 1:]
+
+
+def main():
+    args, flags = parse(sys.argv[1:])
+    runs = [commands(args, flags, variant, seed)
+            for variant in args.variants for seed in args.seeds]
+    for run, train, evaluate in runs:
+        if (run / "eval.json").exists():
+            continue
+        if args.dry_run:
+            keep = f"> {run}/eval.part && mv {run}/eval.part {run}/eval.json"
+            print(f"{shlex.join(train)} && {shlex.join(evaluate)} {keep}")
+        else:
+            train_and_evaluate(run, train, evaluate)
+    if not args.dry_run:
+        figures.print_table([run for run, _, _ in runs])
+
+
+if __name__ == "__main__":
+    main()
