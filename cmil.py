@@ -60,17 +60,14 @@ import copy
 import ctypes
 import dataclasses
 import fcntl
-import functools
 import json
 import math
 import os
 import pathlib
-import platform
 import signal
 import subprocess
 import sys
 import time
-import warnings
 import zipfile
 from importlib import metadata
 from typing import NamedTuple
@@ -86,7 +83,7 @@ with contextlib.suppress(ImportError):  # without gymnasium, all but training ca
 # === Configuration ================================================================================
 # Every field is a flag. The defaults are the paper-size run; presets override them.
 
-def option(default, help, choices=None, at_least=None, above=None, at_most=None):
+def option(default, help, choices=(), at_least=-math.inf, above=-math.inf, at_most=math.inf):
     """Declare a field: its default, a sentence of help, and the values it may take."""
     return dataclasses.field(default=default, metadata={
         "help": help, "choices": choices,
@@ -121,8 +118,6 @@ class Config:
     log_every: int = option(100, "updates between two lines of metrics", above=0)
     eval_every: int = option(5_000, "environment steps between two evaluations", above=0)
     eval_episodes: int = option(10, "episodes an evaluation", above=0)
-    eval_sample: bool = option(False, "evaluate with sampled actions and latents, not modes")
-    checkpoint_minutes: float = option(5.0, "minutes between checkpoints", at_least=0)
 
     # Network sizes [C]
     conv_depth: int = option(48, "channels of the first convolution; doubles each layer", above=0)
@@ -171,8 +166,7 @@ class Config:
     adam_eps: float = option(1e-5, "Adam's epsilon", above=0)
     clip: float = option(100.0, "global gradient norm of each network", above=0)
     weight_decay: float = option(1e-6, "a step multiplies weights by 1 minus this", at_least=0)
-    target_every: int = option(100, "updates between two moves of the target critics", above=0)
-    tau: float = option(1.0, "how far the targets move; 1: a copy", at_least=0, at_most=1)
+    target_every: int = option(100, "updates between two copies of the targets", above=0)
 
 PRESETS = {
     "paper": {},
@@ -203,8 +197,7 @@ ENV_PRESETS = {
 
 # What a resumed run may change, and --eval; any other difference is refused.
 RESUME_MAY_CHANGE = (
-    "steps", "minutes", "log_every", "eval_every", "eval_episodes", "checkpoint_minutes",
-    "threads", "graph", "logdir")
+    "steps", "minutes", "log_every", "eval_every", "eval_episodes", "threads", "graph", "logdir")
 EVAL_MAY_CHANGE = ("seed", "device", "threads", "num_envs")
 
 # === Helpers ======================================================================================
@@ -224,7 +217,6 @@ def say(text, stream=None):
 
 def state_action_pairs(feat, action):
     """Turn rows in stored order into the paper's pairs (s_t, a_t). Nothing else does.
-
     feat (T, ..., F), action (T, ..., A), where action[t] led to feat[t]
     -> s (T-1, ..., F), a (T-1, ..., A)"""
     return feat[:-1], action[1:]
@@ -322,11 +314,10 @@ class EnsembleMLP(nn.Module):
     def forward(self, x, member=None):
         """Every head on the same input:       x (N, in)                  -> (K, N, out)
         one drawn head for each time step:  x (T, N, in), member (T,)  -> (T, N, out)"""
-        weights, biases = list(self.weights), list(self.biases)
-        if member is not None:
-            weights = [weight[member] for weight in weights]                # (T, in, out)
-            biases = [bias[member] for bias in biases]                      # (T, 1, out)
-        x = x.expand(len(weights[0]), *x.shape[-2:])                        # (K or T, N, in)
+        picked = slice(None) if member is None else member
+        weights = [weight[picked] for weight in self.weights]  # (K or T, in, out)
+        biases = [bias[picked] for bias in self.biases]  # (K or T, 1, out)
+        x = x.expand(len(weights[0]), *x.shape[-2:])  # (K or T, N, in)
         for weight, bias in zip(weights[:-1], biases[:-1]):
             x = F.elu(torch.baddbmm(bias, x, weight))
         with torch.autocast(x.device.type, enabled=False):  # [P9] is a small difference of outputs
@@ -349,26 +340,20 @@ class Encoder(nn.Module):
         return x.flatten(1).float().unflatten(0, image.shape[:-3])
 
 class Decoder(nn.Module):
-    """feat -> mean of p(x|s): four transposed convolutions, stride 2 (1 -> 5 -> 13 -> 30 -> 64).
-
-    The first and the last are written as what they amount to, and a CPU does many times faster: on
-    a 1x1 map, a matrix product; with kernel 6 and stride 2, a convolution with kernel 3 that makes
-    2x2 blocks of pixels."""
+    """feat -> mean of p(x|s): four transposed convolutions, stride 2 (1 -> 5 -> 13 -> 30 -> 64)."""
     def __init__(self, depth, feat):
         super().__init__()
-        self.input = nn.Sequential(nn.Linear(feat, 32 * depth),
-                                   nn.Linear(32 * depth, 5 * 5 * 4 * depth), nn.ELU())
+        self.input = nn.Linear(feat, 32 * depth)
         self.layers = nn.Sequential(
+            nn.ConvTranspose2d(32 * depth, 4 * depth, 5, 2), nn.ELU(inplace=True),
             nn.ConvTranspose2d(4 * depth, 2 * depth, 5, 2), nn.ELU(inplace=True),
             nn.ConvTranspose2d(2 * depth, depth, 6, 2), nn.ELU(inplace=True),
-            nn.Conv2d(depth, 2 * 2 * 3, 3, padding=2)).to(memory_format=torch.channels_last)
+            nn.ConvTranspose2d(depth, 3, 6, 2)).to(memory_format=torch.channels_last)
 
     def forward(self, feat):
         """(..., F) -> (..., 3, 64, 64)"""
-        x = self.input(feat.flatten(0, -2)).unflatten(1, (5, 5, -1)).movedim(-1, 1)
-        blocks = self.layers(x).float().movedim(1, -1).unflatten(-1, (2, 2, 3))
-        image = blocks.transpose(2, 3).reshape(-1, 64, 64, 3)       # of (N, 32, 2, 32, 2, 3)
-        return image.movedim(-1, 1).unflatten(0, feat.shape[:-1])
+        x = self.input(feat.flatten(0, -2))[..., None, None]  # (N, 32 depth, 1, 1)
+        return self.layers(x).float().unflatten(0, feat.shape[:-1])
 
 class Actor(nn.Module):
     """pi(a|s): a truncated normal on [-1, 1]."""
@@ -403,7 +388,7 @@ class Critics(EnsembleMLP):
     def forward(self, s, a):
         """s (..., F), a (..., A) -> (m, ...)"""
         x = torch.cat([s, a], -1)
-        q = super().forward(x.flatten(0, -2))                               # (m, N, 1)
+        q = super().forward(x.flatten(0, -2))  # (m, N, 1)
         return q.squeeze(-1).unflatten(-1, x.shape[:-1])
 
 # === World model [P1]: an RSSM with an ensemble of priors; copy these, they need only torch =======
@@ -458,39 +443,32 @@ class RSSM(nn.Module):
         update = torch.sigmoid(update - 1)  # biased to remember
         return update * cand + (1 - update) * deter
 
-    def post_first(self, embed):
-        """The posterior's first layer in two parts: what needs no recurrence, (..., E) ->
-        (..., hidden), and the weight (hidden, D) for deter, cut out once and not at every step."""
-        for_deter, for_embed = self.post_hidden.weight.split([self.deter, embed.shape[-1]], 1)
-        return F.linear(embed, for_embed, self.post_hidden.bias), for_deter
+    def posterior(self, deter, embed):
+        """q(stoch_t | deter_t, x_t): deter (..., D), embed (..., E) -> mean, std (..., S)"""
+        x = F.elu(self.post_hidden(torch.cat([deter, embed], -1)))
+        return self.mean_std(self.post_output(x))
 
-    def step_post(self, state, action, embed, weight, noise):
-        """One filtering step q(s_t | x_t, s_{t-1}, a_{t-1}).
-
-        state: s_{t-1} (B, ...); action (B, A): a_{t-1}; embed (B, hidden), weight (hidden, D):
-        post_first() of x_t; noise (B, S): standard normal, or zeros for the mean -> s_t"""
+    def step_post(self, state, action, embed, sample=True):
+        """Filter one frame: s_{t-1} (B, ...), a_{t-1} (B, A), embed of x_t (B, E) -> s_t.
+        Without `sample` stoch is the mean."""
         deter = self.step_deter(state.stoch, state.deter, action)
-        x = F.elu(embed + F.linear(deter, weight))
-        mean, std = self.mean_std(self.post_output(x))
-        return State(mean + std * noise, deter, mean, std)
+        mean, std = self.posterior(deter, embed)
+        stoch = mean + std * torch.randn_like(std) if sample else mean
+        return State(stoch, deter, mean, std)
 
     def observe(self, embed, action):
         """Filter windows: embed (L, B, E), action (L, B, A) -> posterior State (L, B, ...).
-
         A window may begin in mid-episode, where neither s_{-1} nor what led to it is known: the
         scan begins with a zero state and a zero action. Priors do not feed it; see drawn_prior."""
         length, batch = action.shape[:2]
         action = torch.cat([torch.zeros_like(action[:1]), action[1:]])
-        embed, weight = self.post_first(embed)                              # (L, B, hidden)
-        noise = torch.randn(length, batch, self.stoch, device=action.device)
         states = [self.initial(batch)]
         for t in range(length):
-            states.append(self.step_post(states[-1], action[t], embed[t], weight, noise[t]))
+            states.append(self.step_post(states[-1], action[t], embed[t]))
         return State(*(torch.stack(x) for x in zip(*states[1:])))
 
     def drawn_prior(self, deter):
         """T_i with i drawn anew at every time step, shared by the batch [P1].
-
         deter (L, B, D) -> mean, std (L, B, S). All steps at once: the prior is not in the scan."""
         member = torch.randint(self.members, deter.shape[:1], device=deter.device)
         return self.mean_std(self.priors(deter, member))
@@ -498,7 +476,7 @@ class RSSM(nn.Module):
     def step_prior(self, state, action):
         """Imagine one step: s_t (N, ...), a_t (N, A) -> s_{t+1} of a drawn head, u(s_t,a_t) (N,)"""
         deter = self.step_deter(state.stoch, state.deter, action)
-        means, stds = self.mean_std(self.priors(deter))                     # (K, N, S)
+        means, stds = self.mean_std(self.priors(deter))  # (K, N, S)
         member = torch.randint(self.members, (1,), device=deter.device)
         mean, std = means[member].squeeze(0), stds[member].squeeze(0)
         stoch = mean + std * torch.randn_like(std)
@@ -506,16 +484,14 @@ class RSSM(nn.Module):
 
 def disagreement(means):
     """[P9] how far the members' means lie apart: (K, N, S) -> (N,).
-
     The population std (ddof 0) over the K members, then the mean over the latent dimensions. One
     member never disagrees, and the std's gradient at zero would be undefined."""
     if means.shape[0] == 1:
         return torch.zeros_like(means[0, :, 0])
-    variance = (means - means.mean(0)).square().mean(0)                     # (N, S)
+    variance = (means - means.mean(0)).square().mean(0)  # (N, S)
     return variance.clamp(min=1e-12).sqrt().mean(-1)  # the clamp: sqrt has no gradient at zero
 
 class WorldModel(nn.Module):
-    """Encoder, RSSM and decoder."""
     def __init__(self, c, action):
         super().__init__()
         self.encoder = Encoder(c.conv_depth)
@@ -524,11 +500,11 @@ class WorldModel(nn.Module):
 
 def world_model_loss(world, image, post, c):
     """[P1]: image (L, B, 3, 64, 64), pixels of to_float; post State (L, B, ...) -> loss, info.
-
     row t        0         1         2
     post      q(s0|x0)  q(s1|x1)  q(s2|x2)      every row reconstructs its image
     prior      T_i(s0)   T_j(s1)   T_k(s2)      heads i, j, k drawn anew; deter_t knows a_{t-1}"""
-    error = torch.linalg.vector_norm(world.decoder(post.feat) - image, dim=(-3, -2, -1))  # (L, B)
+    difference = world.decoder(post.feat) - image
+    error = torch.linalg.vector_norm(difference, dim=(-3, -2, -1))  # (L, B)
     recon = 0.5 * error.square().mean()  # -log p(x|s) of unit variance, without its constant
     mean, std = world.rssm.drawn_prior(post.deter)
     to_post = kl_normal(post.mean, post.std, mean.detach(), std.detach()).mean()
@@ -549,7 +525,6 @@ class Dream(NamedTuple):
 
 def imagine(rssm, actor, start, first_action, horizon):
     """Roll the policy out in the model from `start`, a State (N, ...) -> Dream.
-
     first_action (N, A) led to `start`. Gradients reach the actor through its actions and what the
     model makes of them, but not through the policy's own input: a_t ~ pi(.| stop_grad(s_t))."""
     state, feats, actions = start, [start.feat], [first_action]
@@ -568,16 +543,16 @@ def imagine(rssm, actor, start, first_action, horizon):
 
 def discriminator_loss(disc, expert, policy, sigma):
     """[P8] with expert = 1, policy = 0; the same noise acts on both.
-
     expert, policy: pairs (s (..., F), a (..., A)) -> loss, info. Inputs carry no gradient."""
     on_expert, on_policy = disc(*expert, sigma), disc(*policy, sigma)
     loss = F.softplus(-on_expert).mean() + F.softplus(on_policy).mean()  # -log D, -log(1 - D)
+    info = {"disc/loss": loss}
     with torch.no_grad():
-        logit_expert, logit_policy = disc(*expert), disc(*policy)
-        d_expert, d_policy = torch.sigmoid(logit_expert).mean(), torch.sigmoid(logit_policy).mean()
-    return loss, {"disc/loss": loss, "disc/expert": d_expert, "disc/policy": d_policy,
-                  "disc/gap": d_expert - d_policy, "disc/logit_expert": logit_expert.mean(),
-                  "disc/logit_policy": logit_policy.mean()}
+        for name, pair in (("expert", expert), ("policy", policy)):
+            logit = disc(*pair)  # without noise
+            info[f"disc/{name}"] = torch.sigmoid(logit).mean()
+            info[f"disc/logit_{name}"] = logit.mean()
+    return loss, {**info, "disc/gap": info["disc/expert"] - info["disc/policy"]}
 
 def imitation_reward(disc, s, a, c, sigma=0.0):
     """The discriminator's part of [P10]: log D - log(1-D), which is the logit -> (...)."""
@@ -586,7 +561,6 @@ def imitation_reward(disc, s, a, c, sigma=0.0):
 
 def conservative_reward(disc, dream, c):
     """[P10] r_t = log D(s_t,a_t) - log(1-D(s_t,a_t)) - alpha u(s_t,a_t) -> (H, N).
-
     It is differentiable in states and actions."""
     s, a = state_action_pairs(dream.feat, dream.action)
     sigma = c.sigma if c.reward_noise else 0.0
@@ -611,8 +585,8 @@ def lambda_return(reward, value, gamma, lam):
 
 def state_values(critics, dream, rule="min"):
     """V_0(s_t), t = 0..H -> (H+1, N): the least of the critics [W], or a randomly drawn one [C]."""
-    _, a = state_action_pairs(dream.feat, dream.action)                     # (H, N, A)
-    q = critics(dream.feat, torch.cat([a, dream.last_action[None]]))        # (m, H+1, N)
+    _, a = state_action_pairs(dream.feat, dream.action)  # (H, N, A)
+    q = critics(dream.feat, torch.cat([a, dream.last_action[None]]))  # (m, H+1, N)
     if rule == "random":
         return q[torch.randint(len(q), (1,), device=q.device)].squeeze(0)
     return q.min(0).values
@@ -624,10 +598,9 @@ def discounts(gamma, like):
 
 def actor_loss(critics, dream, reward, c):
     """[W6] without its BC term, with the policy's entropy e; reward (H, N) of [P10]:
-
     -mean_{t<H} g^t [ l V(s_t) + (1-l) V_0(s_t) + c.entropy e_t ]"""
-    value = state_values(critics, dream)                                    # (H+1, N)
-    returns = lambda_return(reward, value, c.gamma, c.lam)                  # (H, N)
+    value = state_values(critics, dream)  # (H+1, N)
+    returns = lambda_return(reward, value, c.gamma, c.lam)  # (H, N)
     objective = c.lam * returns + (1 - c.lam) * value[:-1] + c.entropy * dream.entropy
     weight = discounts(c.gamma, returns) if c.actor_discount else 1.0
     return -(weight * objective).mean(), {
@@ -653,8 +626,8 @@ def data_target(disc, value, returns, feat, action, c):
     pair         (s0,a0)  (s1,a1)               a_j: the action really taken; r_j without penalty
     rollouts               from s1  from s2     imagination from s_{j+1} gives Vbar_0, Vbar there"""
     with torch.no_grad():
-        value = value.view(action.shape[:2])[1:]                            # (L-1, B)
-        returns = returns.view(action.shape[:2])[1:]                        # (L-1, B)
+        value = value.view(action.shape[:2])[1:]  # (L-1, B)
+        returns = returns.view(action.shape[:2])[1:]  # (L-1, B)
         reward = imitation_reward(disc, *state_action_pairs(feat, action), c)
         return reward + c.gamma * ((1 - c.lam) * value + c.lam * returns)
 
@@ -668,7 +641,7 @@ def model_critic_loss(critics, target, dream, c):
 def data_critic_loss(critics, target, feat, action):
     """[W8] on real pairs, summed over the m critics; target (L-1, B): y_j -> loss, info."""
     s, a = state_action_pairs(feat, action)
-    loss = (critics(s, a) - target).square().mean((1, 2)).sum()             # of (m, L-1, B)
+    loss = (critics(s, a) - target).square().mean((1, 2)).sum()  # of (m, L-1, B)
     return loss, {"critic/data": loss}
 
 # === Learner: networks, optimizers, targets; the same for every method ============================
@@ -683,8 +656,8 @@ class Optimizer:
         self.adam = torch.optim.AdamW(
             self.params, lr, eps=c.adam_eps, weight_decay=c.weight_decay / lr,
             fused=True, capturable=self.capturable)
-        self.skipped = torch.zeros((), device=self.params[0].device)      # in all
-        self.skipped_now = torch.zeros_like(self.skipped)                 # in a row
+        self.skipped = torch.zeros((), device=self.params[0].device)  # in all
+        self.skipped_now = torch.zeros_like(self.skipped)  # in a row
 
     def step(self, grads):
         """Update the network once -> the gradient's norm before clipping. No host sync."""
@@ -724,10 +697,10 @@ class Learner(nn.Module):
         self.updates = 0
         self.cloning_only = c.reward == "none"  # every update is one of clone_losses
         self.targets = None
-        self.recorded, self.recorded_clone = None, None
+        self.recorded = {}  # clone or not -> the step that is being repeated
 
     def set_up(self, device, targets=None):
-        """Initialize the networks, with an optimizer each. targets: the network to copy, or None."""
+        """Initialize the networks, with an optimizer each; targets: a network to copy."""
         initialize(self).to(device)
         self.device, self.optimizers = device, {}
         for name, network in self.named_children():
@@ -739,7 +712,7 @@ class Learner(nn.Module):
 
     @staticmethod
     def check(c):
-        """Refuse a configuration that the method cannot run, with one line."""
+        """Refuse a configuration that the method cannot run."""
         if c.reward == "none" and not (c.offline and c.beta):
             die("--reward none needs --offline and a --beta above 0: nothing else is learned")
 
@@ -751,16 +724,15 @@ class Learner(nn.Module):
 
     def update(self, replay, clone=False):
         """Make one update on losses(replay), or clone_losses(replay) -> info (0-d tensors)."""
-        if self.recorded is None or self.recorded_clone != clone:
-            steps = functools.partial(self.take_steps, clone=clone)
-            self.recorded = CudaGraph(steps, self.c.graph and self.device.type == "cuda")
-            self.recorded_clone = clone
-        info = self.recorded(replay)  # take_steps(replay), on CUDA as a graph
+        if clone not in self.recorded:
+            def steps(replay):
+                return self.take_steps(replay, clone)
+            graphed = self.c.graph and self.device.type == "cuda"
+            self.recorded = {clone: CudaGraph(steps) if graphed else steps}
+        info = self.recorded[clone](replay)  # take_steps(replay, clone)
         self.updates += 1
         if self.targets is not None and self.updates % self.c.target_every == 0:
-            source = self.target_source[0].parameters()
-            for target, new in zip(self.targets.parameters(), source):
-                target.data.lerp_(new.data, self.c.tau)  # tau 1 copies
+            self.move_targets()
         return info
 
     def take_steps(self, replay, clone):
@@ -773,29 +745,39 @@ class Learner(nn.Module):
             info[f"grad/{name}"] = self.optimizers[name].step(grad)
         return {name: value.detach() for name, value in info.items()}
 
+    def move_targets(self, tau=1.0):
+        """Move the targets towards their source by tau; 1 copies it."""
+        for target, source in zip(self.targets.parameters(), self.target_source[0].parameters()):
+            target.data.lerp_(source.data, tau)
+
+    def in_env_units(self, action):
+        """Scale actions (..., A) from [-1, 1] to the bounds of the environment trained in."""
+        low, high = self.bounds
+        return low + (action + 1) / 2 * (high - low)
+
     def report(self, replay):
         """Return what a log line says beside the update's own info."""
         return {"skipped": sum(o.skipped for o in self.optimizers.values())}
 
     def save(self):
-        """Return a copy of all that an update changes: tensors and plain values only."""
+        """Return all that an update changes: tensors (not copies) and plain values only."""
         state = {"modules": self.state_dict(), "updates": self.updates,
                  "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
                  "rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["rng_cuda"] = torch.cuda.get_rng_state(self.device)
-        return copy.deepcopy(state)
+        return state
 
     def load(self, state):
         """Return to what save() returned; a RuntimeError if it is of other networks."""
         self.load_state_dict(state["modules"])
-        for name, saved in copy.deepcopy(state["optimizers"]).items():
+        for name, saved in state["optimizers"].items():
             self.optimizers[name].load_state_dict(saved)
         self.updates = state["updates"]
         torch.set_rng_state(state["rng"])
         if "rng_cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng_cuda"], self.device)
-        self.recorded = None  # a graph would go on with the tensors of before
+        self.recorded = {}  # a graph would go on with the tensors of before
 
 # === The agent: acting, and the losses of one update ==============================================
 #
@@ -820,7 +802,6 @@ class Agent(Learner):
     @torch.no_grad()
     def act(self, image, carry=None, sample=True):
         """Filter a frame and act: image (N, 64, 64, 3) uint8 -> action (N, A) float32, carry.
-
         carry goes into the next call; it is None at an episode's start. Without `sample` both
         latent and action are the distributions' modes."""
         image, N = torch.as_tensor(image, device=self.device), len(image)
@@ -828,9 +809,7 @@ class Agent(Learner):
         with self.autocast():
             if carry is None:
                 carry = rssm.initial(N), torch.zeros(N, self.action_size, device=self.device)
-            embed, weight = rssm.post_first(self.world.encoder(to_float(image)))
-            noise = torch.randn_like(carry[0].stoch) * float(sample)
-            state = rssm.step_post(*carry, embed, weight, noise)
+            state = rssm.step_post(*carry, self.world.encoder(to_float(image)), sample)
             policy = self.actor(state.feat)
             action = policy.rsample() if sample else policy.mode
         return action.cpu().numpy(), (state, action)
@@ -838,11 +817,11 @@ class Agent(Learner):
     def clone_losses(self, replay):
         """The start: world model and behaviour cloning on its latents -> losses, info."""
         c = self.c
-        image, action = replay.sample_demos(c.batch)                        # (L, B, ...)
+        image, action = replay.sample_demos(c.batch)  # (L, B, ...)
         image = to_float(image)
         with self.autocast():
             post = self.world.rssm.observe(self.world.encoder(image), action)
-            world_loss, info = world_model_loss(self.world, image, post, c)             # [P1]
+            world_loss, info = world_model_loss(self.world, image, post, c)  # [P1]
             bc_loss = clone_loss(self.actor, post.feat.detach(), action)
         losses = {"world": world_loss}
         if c.beta:  # vmail, dgail and ditto never clone
@@ -851,13 +830,12 @@ class Agent(Learner):
 
     def losses(self, replay):
         """The losses of one update, the body of the ALGORITHM -> losses, info (0-d tensors).
-
         Static shapes, no host synchronisation, no branch on a tensor's value: a CUDA graph can
         record it."""
         c, world, B = self.c, self.world, self.c.batch
-        image, action = replay.sample(B)                                    # (L, B, ...)
-        expert_image, expert_action = replay.sample_demos(B)                # (L, B, ...)
-        image, expert_image = to_float(image), to_float(expert_image)       # (L, B, 3, 64, 64)
+        image, action = replay.sample(B)  # (L, B, ...)
+        expert_image, expert_action = replay.sample_demos(B)  # (L, B, ...)
+        image, expert_image = to_float(image), to_float(expert_image)  # (L, B, 3, 64, 64)
         with self.autocast():
             # World model: one scan over both batches; only the replay's trains it.
             embed = world.encoder(image)
@@ -866,7 +844,7 @@ class Agent(Learner):
             post = world.rssm.observe(torch.cat([embed, expert_embed], 1),
                                       torch.cat([action, expert_action], 1))  # State (L, 2B, ...)
             replay_post = post.map(lambda x: x[:, :B])
-            world_loss, info = world_model_loss(world, image, replay_post, c)           # [P1]
+            world_loss, info = world_model_loss(world, image, replay_post, c)  # [P1]
 
             # Data from here on: the model's states without its graph.
             feat, expert_feat = post.feat.detach()[:, :B], post.feat.detach()[:, B:]
@@ -878,14 +856,14 @@ class Agent(Learner):
             # Discriminator: the expert's pairs against imagined pairs.
             expert = state_action_pairs(expert_feat, expert_action)
             policy = state_action_pairs(dream.feat.detach(), dream.action.detach())
-            disc_loss, disc_info = discriminator_loss(self.disc, expert, policy, c.sigma)   # [P8]
+            disc_loss, disc_info = discriminator_loss(self.disc, expert, policy, c.sigma)  # [P8]
 
             # The reward of every imagined pair: D's logit, minus the ensemble's disagreement.
-            reward = conservative_reward(self.disc, dream, c)                   # (H, N) [P9] [P10]
+            reward = conservative_reward(self.disc, dream, c)  # (H, N) [P9] [P10]
 
             # Critics and actor: towards TD(lambda) of the rewards, and near the demonstrations.
             critic_loss, critic_info = self.critic_losses(dream, reward, feat, action)  # [W9]
-            pi_loss, pi_info = actor_loss(self.critics, dream, reward, c)               # [W6]
+            pi_loss, pi_info = actor_loss(self.critics, dream, reward, c)  # [W6]
             bc_loss = clone_loss(self.actor, expert_feat, expert_action)
         losses = {"world": world_loss, "disc": disc_loss, "critics": critic_loss,
                   "actor": pi_loss + c.beta * bc_loss}
@@ -894,18 +872,17 @@ class Agent(Learner):
     def critic_losses(self, dream, reward, feat, action):
         """[W9]: imagined and real pairs, each towards TD(lambda) of the target critics."""
         c = self.c
-        value, returns = target_values(self.targets, dream, reward, c)      # (H+1, N), (H, N)
-        loss, info = model_critic_loss(self.critics, returns, dream, c)                 # [W7]
+        value, returns = target_values(self.targets, dream, reward, c)  # (H+1, N), (H, N)
+        loss, info = model_critic_loss(self.critics, returns, dream, c)  # [W7]
         if c.data_critic:
             target = data_target(self.disc, value[0], returns[0], feat, action, c)
-            data_loss, data_info = data_critic_loss(self.critics, target, feat, action)     # [W8]
+            data_loss, data_info = data_critic_loss(self.critics, target, feat, action)  # [W8]
             loss, info = loss + data_loss, {**info, **data_info}
         return loss, info
 
     @torch.no_grad()
     def open_loop(self, image, action):
         """Watch five frames, then predict with the stored actions alone.
-
         image (L, B, 64, 64, 3) uint8, action (L, B, A) -> reconstruction and prediction
         (L, B, 64, 64, 3) uint8, disagreement along the predicted steps (L - 5, B)"""
         rssm, context = self.world.rssm, min(5, len(image) - 1)
@@ -949,7 +926,7 @@ class Replay:
         self.start_rows = torch.empty(capacity, dtype=torch.long, device=device)
         self.n_starts = torch.zeros((), dtype=torch.long, device=device)
         self.n_demo_starts = torch.zeros_like(self.n_starts)
-        self.offset = torch.arange(length, device=device)[:, None]          # (L, 1)
+        self.offset = torch.arange(length, device=device)[:, None]  # (L, 1)
 
     def add(self, image, action, demo=False):
         """Add an episode: image uint8 (T+1, 64, 64, 3), action (T+1, A). Demos come first."""
@@ -967,7 +944,7 @@ class Replay:
         """Draw windows whose starts are between the numbers `first` and `end` (0-d tensors)."""
         u = torch.rand(batch, device=self.start_rows.device)
         index = torch.minimum(first + (u * (end - first)).long(), end - 1)  # if rounded up to end
-        rows = self.start_rows[index] + self.offset                         # (L, batch)
+        rows = self.start_rows[index] + self.offset  # (L, batch)
         return self.image[rows], self.action[rows]
 
     def sample(self, batch):
@@ -978,10 +955,6 @@ class Replay:
         """Windows of the demos -> the same shapes."""
         return self.draw(0, self.n_demo_starts, batch)
 
-    def sample_played(self, batch):
-        """Windows of what the policy has played -> the same shapes."""
-        return self.draw(self.n_demo_starts, self.n_starts, batch)
-
 # === Training loop: lockstep rounds ===============================================================
 
 class Stop(Exception):
@@ -990,7 +963,8 @@ class Stop(Exception):
 class Trainer:
     """A run. A round is an atom: one episode of every environment and the updates that are due.
 
-    A stop drops the round in hand, so that a resumed run equals one that was never stopped."""
+    Every round ends with a checkpoint. A stop or a crash loses the round in hand and no more, so
+    that a resumed run equals one that was never stopped."""
     def __init__(self, c):
         self.c, self.folder = c, pathlib.Path(c.logdir)
         self.vec, self.env_info, self.agent = build(c)
@@ -1000,47 +974,37 @@ class Trainer:
         self.per_round = c.num_envs * self.T  # environment steps
         self.rounds = math.ceil(c.steps / self.per_round)
         self.round, self.steps_in_round = 0, 0
-        self.last_eval = -1                   # the step of the last evaluation; -1: none yet
-        self.began, self.stop_reason = time.monotonic(), ""
-        self.seconds_before = 0.0             # of training in earlier processes
-        self.last_checkpoint, self.last_shown = -math.inf, self.began
-        self.replay = self.make_replay()
-        self.metrics, self.tensorboard = open_log(self.folder / "metrics.jsonl"), None
-        self.resume()
-        write_config(c, {"update": self.agent.updates, **self.env_info})
-        say(f"{c.algo} on {c.env}, preset {c.preset}, seed {c.seed}, {self.agent.device}\n"
-            f"{c.num_envs} environments of {self.T} steps {self.env_info['gl_renderer']}\n"
-            f"{self.folder}: step {self.step}, update {self.agent.updates}")
-
-    def make_replay(self):
-        """Return a replay with room for the whole run; the demonstrations are in it."""
-        c = self.c
+        self.last_eval = -1  # the step of the last evaluation; -1: none yet
+        self.began = self.clock = time.monotonic()  # of this process; of all that trained the run
+        self.stop_reason, self.progress = "", Progress()
         demos = envs.load_demos(
             c.demos, c.env, c.num_demos, min_steps=c.length - 1, **env_options(c))
         played = 0 if c.offline else self.rounds * c.num_envs  # episodes
         rows = sum(len(demo["image"]) for demo in demos) + played * (self.T + 1)
-        replay = Replay(rows, c.length, self.env_info["action_dim"], self.agent.device)
+        self.replay = Replay(rows, c.length, self.env_info["action_dim"], self.agent.device)
         for demo in demos:
-            replay.add(demo["image"], demo["action"], demo=True)
-        return replay
+            self.replay.add(demo["image"], demo["action"], demo=True)
+        self.metrics = open_log(self.folder / "metrics.jsonl")
+        self.resume()
+        write_config(c, {**provenance(), **self.env_info, "update": self.agent.updates})
+        say(f"{c.algo} on {c.env}, preset {c.preset}, seed {c.seed}, {self.agent.device}\n"
+            f"{c.num_envs} environments of {self.T} steps {self.env_info['gl_renderer']}\n"
+            f"{self.folder}: step {self.step}, update {self.agent.updates}")
 
     def run(self):
         """Train to the end or to a stop -> True if the run is complete."""
         signals = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
         handlers = [signal.signal(number, self.on_signal) for number in signals]
         try:
-            self.pretrain()                 # world model and clone, on the demonstrations alone
+            self.pretrain()  # world model and clone, on the demonstrations alone
             self.evaluate_if_due()
             while self.round < self.rounds:
                 self.with_workers(self.learn_offline if self.c.offline else self.play_round)
                 self.round, self.steps_in_round = self.round + 1, 0
-                self.remember()             # a stop resumes from here
+                self.checkpoint()  # a stop, a crash or a lost worker goes back to here
                 self.evaluate_if_due()
-            self.write_checkpoint()
             return True
         except Stop:
-            self.go_back()
-            self.write_checkpoint()
             say(f"stopped ({self.stop_reason}) at step {self.step}: the same command resumes")
             return False
         finally:
@@ -1061,20 +1025,21 @@ class Trainer:
         return self.c.pretrain + int(max(0, self.step - seed_steps) * self.c.train_ratio + 1e-6)
 
     def pretrain(self):
-        """Make the first updates. A stop goes back to the last log step."""
+        """Make the first updates, with a checkpoint at every log step."""
         while self.agent.updates < self.c.pretrain:
             self.update(clone=True)
+            self.progress.show("pretraining", self.agent.updates, self.c.pretrain)
             if self.agent.updates % self.c.log_every == 0:
-                self.remember()
+                self.checkpoint()
             self.check_stop()
-        self.remember()
+        self.checkpoint()
 
     def play_round(self):
         """Play an episode in every environment, in lockstep; the learner works meanwhile."""
         N, T, A = self.c.num_envs, self.T, self.env_info["action_dim"]
         images = np.zeros((T + 1, N, 64, 64, 3), np.uint8)
         actions = np.zeros((T + 1, N, A), np.float32)  # actions[t] led to images[t]
-        images[0], _ = self.vec.reset(seed=env_seeds(self.c.seed, TRAIN, self.round, N))
+        images[0], _ = self.vec.reset(seed=env_seeds(self.c.seed, TRAIN, self.round * N, N))
         carry = None
         for t in range(T):
             actions[t + 1], carry = self.agent.act(images[t], carry)
@@ -1096,8 +1061,11 @@ class Trainer:
 
     def learn(self):
         """Make the updates that are due."""
-        while self.agent.updates < self.updates_due():
+        due = self.updates_due()
+        while self.agent.updates < due:
             self.update(self.agent.cloning_only)
+        phase = "training" if due > self.c.pretrain or self.c.offline else "seed rounds"
+        self.progress.show(phase, self.step, self.rounds * self.per_round)
         self.check_stop()
 
     def update(self, clone):
@@ -1105,13 +1073,9 @@ class Trainer:
         info = self.agent.update(self.replay, clone)
         if self.agent.updates % self.c.log_every == 0:
             with preserve_rng(self.agent.device):  # logging must not change what is learned
-                info.update(self.agent.report(self.replay))
-            self.log({**info, **self.rates()})
-        if time.monotonic() - self.last_shown > 10:
-            self.show(info)
+                self.log({**info, **self.agent.report(self.replay)})
         for name, optimizer in self.agent.optimizers.items():
             if self.agent.updates % 10 == 0 and optimizer.skipped_now >= 10:
-                self.write_checkpoint()
                 die(f"ten updates in a row had non-finite gradients of the {name} loss, at update "
                     f"{self.agent.updates}; {self.folder} holds the last good state")
 
@@ -1122,37 +1086,35 @@ class Trainer:
         if last < 0 or at_end or self.step // every > last // every:
             self.with_workers(self.evaluate)
             self.last_eval = self.step
-            self.remember()
+            self.checkpoint()
 
     def evaluate(self):
-        """Log eval/*: modes of policy and latent unless eval_sample, on seeds of their own."""
-        c = self.c
-        results, video = rollouts(self.agent, self.vec, self.T, c.eval_episodes, c.seed, EVALUATE,
-                                  c.eval_sample, self.check_stop)
+        """Log eval/*: the modes of policy and latent, on environment seeds of their own."""
+        results, video = rollouts(
+            self.agent, self.vec, self.T, self.c.eval_episodes, self.c.seed, EVALUATE,
+            sample=False, progress=self.progress, check_stop=self.check_stop)
         means = {f"eval/{name}": float(value.mean()) for name, value in results.items()}
         self.log(means)
         text = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
-        say(f"step {self.step} evaluation ({c.eval_episodes} episodes): {text}")
+        say(f"step {self.step} evaluation ({self.c.eval_episodes} episodes): {text}")
         write_gif(self.folder / f"videos/eval-{self.step:07d}.gif", video, self.vec)
 
     def with_workers(self, job):
         """Run job(). If an environment's process is gone, go back and repeat it with new ones."""
-        for repeats_left in (3, 2, 1, 0):
+        for _ in range(4):
             try:
                 return job()
             except envs.WORKER_GONE:
                 self.check_stop()  # a scheduler's signal reaches the workers too
-                self.go_back()
                 codes = [process.exitcode for process in self.vec.processes]
-                text = f"an environment's process is gone (exit codes {codes}; -9: killed)"
-                if not repeats_left:
-                    die(f"{text} four times; is there too little memory for --num-envs?")
-                say(f"{text}; repeating the round with new ones")
+                say(f"an environment's process is gone (exit codes {codes}; -9: killed)")
                 self.vec.close(terminate=True)
                 self.vec = envs.make_vec(self.c.env, self.c.num_envs, **env_options(self.c))
+                self.go_back()
+        die("environments' processes died four times; with too little memory use fewer --num-envs")
 
     def on_signal(self, number, _):
-        """Ask for a stop. A second signal ends the process; the last checkpoint is good."""
+        """Ask for a stop. A second signal ends the process at once; no checkpoint suffers."""
         if self.stop_reason:
             os._exit(128 + number)
         self.stop_reason = signal.Signals(number).name
@@ -1164,83 +1126,70 @@ class Trainer:
         if self.stop_reason:
             raise Stop
 
-    def remember(self):
-        """Keep the present state, and write it to the disk every few minutes."""
-        self.remembered = {
-            "agent": self.agent.save(), "round": self.round, "last_eval": self.last_eval,
-            "seconds": self.seconds(), "metrics_bytes": self.metrics.tell()}
-        if time.monotonic() - self.last_checkpoint > 60 * self.c.checkpoint_minutes:
-            self.write_checkpoint()
+    def checkpoint(self):
+        """Write the present state, after the metrics; keep the checkpoint before."""
+        state = {"agent": self.agent.save(), "round": self.round, "last_eval": self.last_eval,
+                 "seconds": time.monotonic() - self.clock,
+                 "metrics_bytes": self.metrics.tell()}
+        os.fsync(self.metrics.fileno())
+        write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save(state, file),
+                         previous=self.folder / "checkpoint.prev.pt")
 
     def go_back(self):
-        """Return to the remembered state."""
-        self.agent.load(self.remembered["agent"])
-        cut_log(self.metrics, self.remembered["metrics_bytes"])
-        self.steps_in_round = 0
-        self.rates()
-
-    def write_checkpoint(self):
-        """Write what is remembered to the disk, after the metrics; keep the checkpoint before."""
-        os.fsync(self.metrics.fileno())
-        write_atomically(self.folder / "checkpoint.pt",
-                         lambda file: torch.save(self.remembered, file),
-                         previous=self.folder / "checkpoint.prev.pt")
-        self.last_checkpoint = time.monotonic()
+        """Return to the last checkpoint -> all that it holds, or None."""
+        state = load_checkpoint(self.folder, self.agent)
+        if state is not None:
+            self.round, self.steps_in_round = state["round"], 0
+            self.last_eval = state["last_eval"]
+            cut_log(self.metrics, state["metrics_bytes"])
+        return state
 
     def resume(self):
         """Continue the run that is in the folder, or begin one."""
-        state = load_checkpoint(self.folder, self.agent)
+        state = self.go_back()
         if state is None and self.metrics.tell():
             die(f"{self.folder} has metrics but no checkpoint; give another --logdir")
-        if state is not None:
-            self.round, self.last_eval = state["round"], state["last_eval"]
-            self.seconds_before = state["seconds"]
-            cut_log(self.metrics, state["metrics_bytes"])
-            if self.round > self.rounds:
-                die(f"--steps {self.c.steps}: the run in {self.folder} has made {self.step}")
-            for number in range(0 if self.c.offline else self.round):
-                for worker in range(self.c.num_envs):
-                    self.replay.add(*read_episode(self.folder, number, worker))
-        self.tensorboard = open_tensorboard(self.folder, self.agent.updates)
-        self.rates()
-        self.remember()
-
-    def seconds(self):
-        """Seconds of training so far."""
-        return self.seconds_before + time.monotonic() - self.began
-
-    def rates(self):
-        """Environment steps and updates a second since the last call."""
-        now = np.array([time.monotonic(), self.step, self.agent.updates])
-        seconds, steps, updates = now - getattr(self, "rates_at", now)
-        self.rates_at = now
-        return {"fps": steps / max(seconds, 1e-9), "ups": updates / max(seconds, 1e-9)}
+        if state is None:
+            return self.checkpoint()
+        self.clock -= state["seconds"]
+        if self.round > self.rounds:
+            die(f"--steps {self.c.steps}: the run in {self.folder} has made {self.step}")
+        for number in range(0 if self.c.offline else self.round):
+            for worker in range(self.c.num_envs):
+                self.replay.add(*read_episode(self.folder, number, worker))
 
     def log(self, values):
-        """Write a line of metrics.jsonl, and to TensorBoard. README.md explains every name."""
-        line = {"step": self.step, "update": self.agent.updates, "time": self.seconds()}
+        """Write a line of metrics.jsonl. README.md explains every name."""
+        line = {"step": self.step, "update": self.agent.updates}
+        line["time"] = time.monotonic() - self.clock
         line.update({name: float(value) for name, value in values.items()})
         self.metrics.write(json.dumps(line) + "\n")
         self.metrics.flush()
-        if self.tensorboard:
-            for name, value in line.items():
-                self.tensorboard.add_scalar(name, value, self.agent.updates)
 
-    def show(self, info):
-        """Print a line of progress."""
-        steps, updates = self.rounds * self.per_round, self.agent.updates
-        names = ("recon", "kl", "bc", "reward", "disc/gap", "uncertainty")
-        text = " ".join(f"{name} {float(info[name]):.2f}" for name in names if name in info)
-        say(f"{self.seconds() / 60:.1f} min, step {self.step}/{steps}, update {updates} | {text}")
-        self.last_shown = time.monotonic()
+class Progress:
+    """A line every ten seconds: what runs, how far it is, how fast, and how long it will take."""
+    def __init__(self):
+        self.phase, self.shown = "", 0.0
+
+    def show(self, phase, done, total):
+        """Say how far a phase is; its rate counts from its first call."""
+        now = time.monotonic()
+        if phase != self.phase:
+            self.phase, self.start, self.first, self.shown = phase, now, done, now
+        if now - self.shown < 10 or done == self.first:
+            return
+        self.shown, rate = now, (done - self.first) / (now - self.start)
+        left = (total - done) / rate / 60
+        say(f"{phase} {done}/{total}, {rate:.2g} a second, {left:.0f} minutes left")
 
 # Streams of environment seeds that never meet: training, evaluation while training, --eval.
 TRAIN, EVALUATE, FINAL = 1, 2, 3
 WORKER_TIMEOUT = 300  # seconds
 
-def env_seeds(seed, stream, number, count):
-    """Return the reset seeds of `count` environments in round `number` of a stream."""
-    return (np.random.SeedSequence([seed, stream, number]).generate_state(count) >> 1).tolist()
+def env_seeds(seed, stream, first, count):
+    """Return the reset seeds of episodes first .. first + count - 1 of a stream."""
+    numbers = np.random.SeedSequence([seed, stream]).generate_state(first + count)
+    return (numbers[first:] >> 1).tolist()
 
 def env_options(c):
     """Return what of the config the environment is made from; None: the environment's own."""
@@ -1252,16 +1201,15 @@ def task_metrics(info):
     own = {name[4:]: info[name] for name in info if name.startswith("log/")}
     return {name: np.array(x, float) for name, x in {"success": info["success"], **own}.items()}
 
-def rollouts(agent, vec, steps, episodes, seed, stream, sample, check_stop=lambda: None):
+def rollouts(agent, vec, steps, episodes, seed, stream, sample, progress, check_stop=lambda: None):
     """Run `episodes` episodes of `steps` steps, as many at a time as `vec` has environments.
-
     -> dict of success, return and the environment's own measures (arrays of length `episodes`), and
     video (steps+1, 64, 64, 3) uint8 of the first. torch's random state stays as it was."""
     results, video = {}, []
     with preserve_rng(agent.device):
         torch.manual_seed(seed + 1_000_003 * stream)
-        for batch in range(math.ceil(episodes / vec.num_envs)):
-            image, _ = vec.reset(seed=env_seeds(seed, stream, batch, vec.num_envs))
+        for done in range(0, episodes, vec.num_envs):
+            image, _ = vec.reset(seed=env_seeds(seed, stream, done, vec.num_envs))
             carry, total, first = None, np.zeros(vec.num_envs), [image[0].copy()]
             for _ in range(steps):
                 action, carry = agent.act(image, carry, sample)
@@ -1269,6 +1217,7 @@ def rollouts(agent, vec, steps, episodes, seed, stream, sample, check_stop=lambd
                 total += reward
                 first.append(image[0].copy())
                 check_stop()
+            progress.show("evaluating", done, episodes)
             video = video or first
             for name, value in {**task_metrics(info), "return": total}.items():
                 results.setdefault(name, []).extend(value)
@@ -1293,44 +1242,31 @@ def cut_log(file, size):
     data = pathlib.Path(file.name).read_bytes()[:size]
     file.seek(file.truncate(data.rfind(b"\n") + 1))
 
-def open_tensorboard(folder, update):
-    """Return a SummaryWriter, or None without TensorBoard. What is there up to `update` stays."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-        return SummaryWriter(folder, purge_step=update + 1)
-    except Exception as error:  # an optional package must not end a run
-        return say(f"no TensorBoard: {error}")
-
 def write_config(c, facts):
     """Write config.json; a resumed run keeps its first facts and adds today's to `resumed`."""
-    path, cuda = pathlib.Path(c.logdir) / "config.json", torch.cuda.is_available()
-    facts = {"command": " ".join(["python", *sys.argv]), "commit": git_commit(),
-             "versions": versions(), "threads": torch.get_num_threads(),
-             "gpu": torch.cuda.get_device_name() if cuda else "", **facts}
+    path = pathlib.Path(c.logdir) / "config.json"
     if path.exists():
         first = json.loads(path.read_text())
         facts = {**first, "resumed": [*first.get("resumed", []), facts]}
     text = json.dumps({**facts, "config": dataclasses.asdict(c)}, indent=1)
     write_atomically(path, lambda file: file.write(text.encode()))
 
-def git_commit():
-    """Return the commit of this file's repository, or an empty string."""
-    command = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "HEAD"]
+def provenance():
+    """Return what a run depends on beside its config: command, commit, versions, hardware."""
+    facts = {"command": " ".join(["python", *sys.argv]), "commit": "", "versions": {},
+             "python": sys.version.split()[0], "threads": torch.get_num_threads(), "gpu": ""}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    git = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):  # no git here
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return ""
-
-def versions():
-    """Return the versions of the packages that a run depends on."""
-    found = {"python": platform.python_version()}
+        facts["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     for name in ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            facts["versions"][name] = metadata.version(name)
+    return facts
 
 def write_atomically(path, write, previous=None):
     """Call write(file) on a temporary file, sync it, and rename it to `path`.
-
     `previous` is what the file that it replaces is called from then on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
@@ -1393,24 +1329,21 @@ class CudaGraph:
     The first calls run as they are. They are real steps, and make what must exist before recording
     (Adam's moments, libraries' workspaces). Recording itself computes nothing. A replayed step
     reads and writes the same memory every time, random numbers move on, and the next overwrites
-    what it returned. Where recording fails, one line says so and steps run as they are."""
+    what it returned."""
     WARM_UP = 3
 
-    def __init__(self, step, wanted):
-        self.step, self.wanted = step, wanted
-        self.calls, self.graph = 0, None
-        self.stream = torch.cuda.Stream() if wanted else None
+    def __init__(self, step):
+        self.step, self.calls, self.graph = step, 0, None
+        self.stream = torch.cuda.Stream()
 
     def __call__(self, replay):
-        if self.wanted and self.calls == self.WARM_UP:
+        if self.calls == self.WARM_UP:
             self.record(replay)
         self.calls += 1
         if self.graph:
             assert replay is self.replay  # its memory is part of the recording
             self.graph.replay()
             return self.info
-        if not self.wanted:
-            return self.step(replay)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             info = self.step(replay)
@@ -1418,33 +1351,25 @@ class CudaGraph:
         return info
 
     def record(self, replay):
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self.graph, self.replay = torch.cuda.CUDAGraph(), replay
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            with torch.cuda.graph(self.graph, stream=self.stream):
                 self.info = self.step(replay)
-            self.graph, self.replay = graph, replay
         except RuntimeError as error:
             cause = str(error.__context__ or error).splitlines()[0]  # that of leaving it says less
-            say(f"cmil: an update cannot be recorded as a CUDA graph ({cause}); going on without",
-                sys.stderr)
-            self.wanted = False
-            # The recording may have left its stream current, and (older torch) a generator caught.
-            torch.cuda.set_stream(current)
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            generator.graphsafe_set_state(generator.clone_state())
+            die(f"an update cannot be recorded as a CUDA graph ({cause}); use --no-graph")
 
 def setup_torch(c):
     """Set device, threads and number formats of this process -> torch.device."""
     device = torch.device("cuda" if torch.cuda.is_available() and c.device != "cpu" else "cpu")
     if c.device == "cuda" != device.type:
         die("--device cuda: torch finds no CUDA device here; use --device cpu")
-    warnings.filterwarnings("ignore", message=".*capturable=True can impair performance")
     if c.threads:
         torch.set_num_threads(c.threads)
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc: keep freed memory, or every update would fault it in anew
-        libc.mallopt(-4, 0)       # M_MMAP_MAX: no maps of their own for large arrays
-        libc.mallopt(-1, -1)      # M_TRIM_THRESHOLD: never give memory back
+    if hasattr(libc, "mallopt"):  # glibc: keep freed memory, or every update faults it in anew
+        libc.mallopt(-4, 0)   # M_MMAP_MAX: no maps of their own for large arrays
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     return device
@@ -1455,22 +1380,19 @@ def parse(argv):
     """The command line -> (dict of the config fields given, namespace of the other options)."""
     parser = argparse.ArgumentParser(
         prog="cmil.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    path = os.path.expanduser
     parser.error = lambda message: die(f"{message}; see python cmil.py --help")
-    tools = parser.add_argument_group("instead of training")
-    tools.add_argument("--eval", metavar="RUN", help="evaluate a run's checkpoint; one JSON line")
-    tools.add_argument("--episodes", type=int, default=100, help="episodes of --eval (100)")
-    tools.add_argument("--video", metavar="FILE.gif", help="with --eval: film the first episode")
-    fields = parser.add_argument_group("configuration (presets change some of the defaults)")
+    parser.add_argument("--eval", metavar="RUN", type=path, help="evaluate a run; one JSON line")
+    parser.add_argument("--episodes", type=int, default=100, help="episodes of --eval (100)")
+    parser.add_argument("--video", metavar="FILE.gif", type=path, help="film an episode of --eval")
     for field in dataclasses.fields(Config):
-        kind = {"type": type(field.default), "metavar": "X"}
+        kind = type(field.default)
+        kind = {"type": path if kind is str else kind, "metavar": "X"}
         if isinstance(field.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        fields.add_argument(flag(field.name), default=argparse.SUPPRESS, **kind,
-                            help=f"{field.metadata['help']} (default: {field.default})")
+        about = f"{field.metadata['help']} (default: {field.default})"
+        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=about, **kind)
     args = vars(parser.parse_args(argv))
-    for name, value in args.items():
-        if isinstance(value, str):
-            args[name] = os.path.expanduser(value)
     explicit = {f.name: args.pop(f.name) for f in dataclasses.fields(Config) if f.name in args}
     return explicit, argparse.Namespace(**args)
 
@@ -1479,29 +1401,31 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 def make_config(explicit):
-    """Defaults < preset < environment < method < explicit flags; checked, with a logdir."""
+    """The config of the run in the logdir, or defaults < preset < environment < method of a new
+    one; explicit flags come last. What a resumed run cannot change is refused."""
     c = Config(**explicit)
     check_config(c)
     name = f"{c.env}-{c.algo}-s{c.seed}".replace("/", "-").replace(":", "-")
     logdir = c.logdir or f"runs/{name}"
     stored = read_config(logdir)
-    preset = c.preset
-    if preset == "auto":
+    if stored is None:
         cuda = torch.cuda.is_available() and c.device != "cpu"
-        preset = stored["preset"] if stored else "paper" if cuda else "small"
-        say(f"preset {preset} ({'' if cuda else 'no '}CUDA here)", sys.stderr)
-    overrides = {**PRESETS[preset], **ENV_PRESETS.get((c.env, preset), {}), **METHODS[c.algo][1]}
-    if c.tasks:
-        overrides.pop("episode_steps", None)  # the preset's is for all tasks
-    c = Config(**{**overrides, **explicit, "preset": preset, "logdir": str(logdir)})
-    check_config(c)
-    METHODS[c.algo][0].check(c)
-    differ = [f"{flag(name)} (now {value!r}, run {stored[name]!r})"
-              for name, value in dataclasses.asdict(c).items()
+        auto = "paper" if cuda else "small"
+        preset = auto if c.preset == "auto" else c.preset
+        base = {**PRESETS[preset], **ENV_PRESETS.get((c.env, preset), {}), **METHODS[c.algo][1]}
+        if c.tasks:
+            base.pop("episode_steps", None)  # the preset's is for all tasks
+        base["preset"] = preset
+    else:
+        base = stored
+    given = {name: value for name, value in explicit.items() if (name, value) != ("preset", "auto")}
+    differ = [f"{flag(name)} {value} (the run's: {stored[name]})" for name, value in given.items()
               if stored and name not in RESUME_MAY_CHANGE and value != stored[name]]
     if differ:
-        die(f"{logdir} holds a run with another configuration: {', '.join(differ)}; give another "
-            "--logdir or the run's own flags")
+        die(f"{logdir} holds a run with another {', '.join(differ)}; give another --logdir")
+    c = Config(**{**base, **given, "logdir": str(logdir)})
+    check_config(c)
+    METHODS[c.algo][0].check(c)
     return c
 
 def read_config(run):
@@ -1513,9 +1437,9 @@ def read_config(run):
         return None
     try:
         c = Config(**json.loads(path.read_text())["config"])
+        check_config(c)
     except (ValueError, KeyError, TypeError):
         die(f"{path} is not the config.json of a run of this version; give another folder")
-    check_config(c)
     return dataclasses.asdict(c)
 
 def check_config(c):
@@ -1524,22 +1448,14 @@ def check_config(c):
         die(f"--algo {c.algo}: cmil.py has {', '.join(METHODS)}; for bc, ditto and pdac run "
             f"python experiments/baselines.py --algo {c.algo}")
     for field in dataclasses.fields(c):
-        check_value(field, getattr(c, field.name))
-
-def check_value(field, value):
-    """Refuse a value of another type than the field's, outside its choices or its bounds."""
-    kind, limits = type(field.default), field.metadata
-    fine = isinstance(value, (int, float) if kind is float else kind)
-    if fine and limits["choices"]:
-        fine = value in limits["choices"]
-    elif fine and kind in (int, float):  # NaN is outside all bounds
-        least, above, most = limits["at_least"], limits["above"], limits["at_most"]
-        fine = (value > above if least is None else value >= least)
-        fine = fine and value <= (2**62 if most is None else most)
-    if not fine:
-        expected = {name: limit for name, limit in limits.items() if limit is not None}
-        expected.pop("help")
-        die(f"{flag(field.name)} {value!r}: expected {kind.__name__} {expected}")
+        value, limit = getattr(c, field.name), field.metadata
+        fine = value in limit["choices"] if limit["choices"] else True
+        if type(field.default) in (int, float):  # NaN is outside all bounds
+            fine = limit["at_least"] <= value <= limit["at_most"] and value > limit["above"]
+        if not fine:
+            told = [f"{name.replace('_', ' ')} {limit[name]}" for name in limit
+                    if name != "help" and limit[name] not in ((), -math.inf, math.inf)]
+            die(f"{flag(field.name)} {value}: expected {', '.join(told)}")
 
 def build(c):
     """Make what a config describes -> environments, envs.env_info of them, agent."""
@@ -1549,31 +1465,39 @@ def build(c):
     info = envs.env_info(vec)
     return vec, info, METHODS[c.algo][0](c, info["action_dim"], device)
 
-def load_run(run, **changes):
-    """Load a run's agent and environments; `changes` are of EVAL_MAY_CHANGE.
+def load_policy(run, **changes):
+    """Load the trained agent of a run's folder; torch and numpy suffice.
+        agent = cmil.load_policy("runs/kitchen-cmil-s0")
+        carry = None                                                 # at every episode's start
+        action, carry = agent.act(image[None], carry, sample=False)  # image (64, 64, 3) uint8
+        action = agent.in_env_units(action[0])                       # before: in [-1, 1]
 
-    -> Config, agent, vec, envs.env_info"""
+    changes: fields of EVAL_MAY_CHANGE."""
     stored = read_config(run)
     if stored is None:
         die(f"{run}: no config.json there; give the folder of a run")
     for name in set(changes) - set(EVAL_MAY_CHANGE):
         die(f"{flag(name)} belongs to training: --eval cannot change it")
-    c = Config(**{**stored, "logdir": str(run), **changes, "graph": False})
+    c = Config(**{**stored, "logdir": str(run), **changes})
     check_config(c)
-    vec, info, agent = build(c)
+    info = json.loads((pathlib.Path(run) / "config.json").read_text())
+    agent = METHODS[c.algo][0](c, info["action_dim"], setup_torch(c))
+    agent.bounds = np.array(info["action_low"]), np.array(info["action_high"])
     if load_checkpoint(pathlib.Path(run), agent) is None:
         die(f"{run}: the run has not written a checkpoint.pt yet")
-    return c, agent, vec, info
+    return agent
 
 def evaluate_run(run, episodes, video, changes):
     """--eval: one JSON line, on environment seeds that training and its evaluations never use."""
     if episodes < 1 or (video and not video.endswith(".gif")):
         die("--episodes takes a number above 0, --video the name of a .gif file")
-    c, agent, vec, info = load_run(run, **changes)
+    agent = load_policy(run, **changes)
+    c = agent.c
+    vec = envs.make_vec(c.env, c.num_envs, **env_options(c))
+    T = envs.env_info(vec)["episode_steps"]
     report = {"episodes": episodes, "seed": c.seed, "update": agent.updates}
     for name, sample in (("modes", False), ("sampled", True)):
-        results, frames = rollouts(
-            agent, vec, info["episode_steps"], episodes, c.seed, FINAL, sample)
+        results, frames = rollouts(agent, vec, T, episodes, c.seed, FINAL, sample, Progress())
         report[name] = {key: float(value.mean()) for key, value in results.items()}
         report[name]["success_ci95"] = bootstrap_ci(results["success"])
         if video and not sample:
