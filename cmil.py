@@ -50,9 +50,8 @@ ALGORITHM   put the demonstrations into the replay
                 actor              [W6]: through dynamics, D, disagreement, critics; and cloning
                 one optimizer step each, on gradients taken before any of them (Agent.losses)
 
-CONTENTS    configuration; distributions and networks; world model, imagination, reward, values,
-            losses; learner, agent, replay; the training loop; run folder, speed, command line.
-            README.md lists every departure from the paper and from the released code.
+CONTENTS    configuration, networks, world model, reward, values and losses, learner, agent, replay,
+            training loop, run folder, speed, command line. Departures: README.md.
 """
 import argparse
 import contextlib
@@ -69,6 +68,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from importlib import metadata
 from typing import NamedTuple
 
@@ -77,7 +77,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-with contextlib.suppress(ImportError):  # without gymnasium, all but training can still be used
+with contextlib.suppress(ImportError):  # all but training works without gymnasium
+    import demonstrations
     import envs
 
 # === Configuration ================================================================================
@@ -92,103 +93,103 @@ def option(default, help, choices=(), at_least=-math.inf, above=-math.inf, at_mo
 @dataclasses.dataclass
 class Config:
     # What to run
-    env: str = option("kitchen", "kitchen, baoding, point, or any Gymnasium id with --demos")
+    env: str = option("kitchen", "kitchen, baoding, point, or a Gymnasium id")
     algo: str = option("cmil", "the method: cmil, vmail, dgail or dbc")
-    preset: str = option("auto", "sizes and schedule; auto: paper on CUDA, small elsewhere",
+    preset: str = option("auto", "auto: paper on CUDA, small elsewhere",
                          choices=("auto", "paper", "small", "debug"))
-    seed: int = option(0, "of networks, sampling and environments", at_least=0, at_most=2**32 - 1)
-    logdir: str = option("", "the run's folder; empty: runs/<env>-<algo>-s<seed>")
-    steps: int = option(250_000, "environment steps, seed rounds included [P]", above=0)
+    seed: int = option(0, "of all random numbers", at_least=0, at_most=2**32 - 1)
+    logdir: str = option("", "folder; empty: runs/<env>-<algo>-s<seed>")
+    steps: int = option(250_000, "environment steps in all [P]", above=0)
     minutes: float = option(0.0, "stop after so many minutes; 0: never", at_least=0)
     device: str = option("auto", "auto: CUDA if there is one", choices=("auto", "cpu", "cuda"))
-    threads: int = option(0, "CPU threads of the learner; 0: torch's choice", at_least=0)
-    precision: str = option("auto", "auto: bfloat16 on CUDA",
-                            choices=("auto", "float32", "bfloat16"))
-    graph: bool = option(True, "on CUDA, record an update as a graph and replay it")
+    threads: int = option(0, "CPU threads; 0: torch's choice", at_least=0)
+    precision: str = option(
+        "auto", "auto: bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
+    graph: bool = option(True, "on CUDA, replay updates as a graph")
 
     # Environment and demonstrations
     tasks: str = option("", "kitchen: tasks joined by +; empty: all four")
-    episode_steps: int = option(0, "episode length T; 0: the environment's own", at_least=0)
-    robot_noise_ratio: float = option(0.0, "kitchen: 0: its own, 0.01; [C]: 0.1", at_least=0)
-    num_envs: int = option(5, "environments that run in lockstep", above=0)
-    demos: str = option("", "demonstrations, a file or folder; empty: the environment's own")
+    episode_steps: int = option(0, "T; 0: the environment's own", at_least=0)
+    robot_noise_ratio: float = option(0.0, "kitchen; 0: its own .01; [C] .1", at_least=0)
+    num_envs: int = option(5, "environments in lockstep", above=0)
+    demos: str = option("", "file or folder; empty: the environment's own")
     num_demos: int = option(0, "use so many demonstrations; 0: all", at_least=0)
 
     # Logging
-    log_every: int = option(100, "updates between two lines of metrics", above=0)
-    eval_every: int = option(5_000, "environment steps between two evaluations", above=0)
+    log_every: int = option(100, "updates between lines of metrics", above=0)
+    eval_every: int = option(5_000, "environment steps between evaluations", above=0)
     eval_episodes: int = option(10, "episodes an evaluation", above=0)
 
     # Network sizes [C]
-    conv_depth: int = option(48, "channels of the first convolution; doubles each layer", above=0)
-    stoch: int = option(360, "S, Gaussian latent dimensions", above=0)
-    deter: int = option(400, "D, size of the GRU state", above=0)
-    hidden: int = option(400, "hidden units inside the RSSM", above=0)
-    members: int = option(10, "K, prior heads in the ensemble", above=0)
-    units: int = option(400, "hidden units of actor and critics", above=0)
-    layers: int = option(4, "hidden layers of actor and critics", above=0)
-    min_std: float = option(0.1, "least standard deviation of the policy", above=0, at_most=1)
-    critics: int = option(2, "m, critics in the ensemble", above=0)
-    disc_units: int = option(200, "hidden units of the discriminator", above=0)
-    disc_layers: int = option(2, "hidden layers of the discriminator", above=0)
+    conv_depth: int = option(48, "channels of the first convolution", above=0)
+    stoch: int = option(360, "S, latent dimensions", above=0)
+    deter: int = option(400, "D, GRU state", above=0)
+    hidden: int = option(400, "units in the RSSM", above=0)
+    members: int = option(10, "K, prior heads", above=0)
+    units: int = option(400, "units of actor and critics", above=0)
+    layers: int = option(4, "layers of actor and critics", above=0)
+    min_std: float = option(0.1, "least std of the policy", above=0, at_most=1)
+    critics: int = option(2, "m, critics", above=0)
+    disc_units: int = option(200, "units of the discriminator", above=0)
+    disc_layers: int = option(2, "layers of the discriminator", above=0)
 
     # Batches and schedule [C]
-    batch: int = option(32, "B, windows from the replay, and as many from the demos", above=0)
+    batch: int = option(32, "B, windows of the replay, and of the demos", above=0)
     length: int = option(50, "L, steps a window", at_least=2)
     horizon: int = option(15, "H, imagined steps", above=0)
-    pretrain: int = option(1000, "first updates: world model and cloning, demos only", at_least=0)
-    seed_steps: int = option(5000, "environment steps of the clone before training", at_least=0)
-    train_ratio: float = option(0.4, "updates for each environment step", at_least=0)
-    offline: bool = option(False, "never act: as many updates, from the demos alone")
+    pretrain: int = option(1000, "first updates, on the demos alone", at_least=0)
+    seed_steps: int = option(5000, "steps before training", at_least=0)
+    train_ratio: float = option(0.4, "updates an environment step", at_least=0)
+    offline: bool = option(False, "never act: learn from the demos alone")
 
     # Losses
-    free_nats: float = option(1.0, "KL below this is free (mean over batch and time)", at_least=0)
-    image_std: float = option(1.0, "std of p(x|s) [P1]; smaller: pixels weigh more", above=0)
-    kl_balance: float = option(0.8, "share of the KL that trains the prior", at_least=0, at_most=1)
-    reward: str = option("logit", "[P10] logit; [C] sigmoid; none: cloning only, no adversary",
+    free_nats: float = option(1.0, "KL below this is free", at_least=0)
+    image_std: float = option(1.0, "std of p(x|s) [P1]", above=0)
+    kl_balance: float = option(0.8, "share that trains the prior", at_least=0, at_most=1)
+    reward: str = option("logit", "[P10] logit; [C] sigmoid; none: cloning only",
                          choices=("logit", "sigmoid", "none"))
-    alpha: float = option(10.0, "weight of the disagreement penalty [P10]", at_least=0)
-    beta: float = option(10.0, "weight of cloning in the actor's loss; 0: none", at_least=0)
-    sigma: float = option(math.sqrt(2.5), "std of the noise on D's input [P]", at_least=0)
-    reward_noise: bool = option(False, "[C]: the noise also acts inside the imagined reward")
-    target: str = option("min", "critic target: min over targets [W], or a random one [C]",
+    alpha: float = option(10.0, "weight of the disagreement [P10]", at_least=0)
+    beta: float = option(10.0, "weight of cloning [W6]; 0: none", at_least=0)
+    sigma: float = option(math.sqrt(2.5), "std of noise on D's input [P8]", at_least=0)
+    reward_noise: bool = option(False, "[C]: noise in the reward too")
+    target: str = option("min", "min over target critics [W] or a random one [C]",
                          choices=("min", "random"))
-    data_critic: bool = option(True, "[W8]: the critic's loss on real transitions")
-    actor_discount: bool = option(True, "weight the actor's loss at step t by g^t [C]")
-    critic_discount: bool = option(True, "weight the model critic's loss by g^(t+1) [C]")
+    data_critic: bool = option(True, "[W8]: a critic loss on real transitions")
+    actor_discount: bool = option(True, "weights g^t in the actor's loss [C]")
+    critic_discount: bool = option(True, "weights g^(t+1) in the critic's loss [C]")
     gamma: float = option(0.99, "g, discount [C]", at_least=0, at_most=1)
     lam: float = option(0.95, "l of TD(lambda) [C]", at_least=0, at_most=1)
-    entropy: float = option(1e-4, "weight of the policy's entropy [C]", at_least=0)
+    entropy: float = option(1e-4, "weight of the entropy [C]", at_least=0)
 
     # Optimizers [C]
     lr: float = option(3e-4, "Adam's learning rate", above=0)
-    disc_lr: float = option(3e-4, "the discriminator's learning rate", above=0)
+    disc_lr: float = option(3e-4, "the discriminator's", above=0)
     adam_eps: float = option(1e-5, "Adam's epsilon", above=0)
-    clip: float = option(100.0, "global gradient norm of each network", above=0)
-    weight_decay: float = option(1e-6, "a step multiplies weights by 1 minus this", at_least=0)
-    target_every: int = option(100, "updates between two copies of the targets", above=0)
+    clip: float = option(100.0, "largest gradient norm", above=0)
+    weight_decay: float = option(1e-6, "weights shrink by it each step", at_least=0)
+    target_every: int = option(100, "updates between copies of the targets", above=0)
 
 PRESETS = {
     "paper": {},
     "small": dict(
         steps=10_000, eval_every=1_000, eval_episodes=20,
-        conv_depth=8, stoch=64, deter=256, hidden=256, members=5, units=128, layers=2,
-        disc_units=128, batch=8, length=16, horizon=8,
-        seed_steps=1000, lr=1e-3, disc_lr=5e-4,
+        conv_depth=12, stoch=64, deter=256, hidden=256, members=5, units=128, layers=2,
+        disc_units=128, batch=8, length=16, horizon=8, seed_steps=1000, lr=1e-3, disc_lr=5e-4,
         # In a few thousand updates a critic learns the next ten steps, not the next hundred.
-        gamma=0.9, target_every=20),
+        gamma=0.9, target_every=20,
+        # With the paper's sigma a small D is blind to single pixels, and the policy cuts corners;
+        # with a smaller image_std the model sees more of them.
+        sigma=0.5, image_std=0.3),
     "debug": dict(
         steps=400, log_every=10, eval_every=200, eval_episodes=2, num_envs=2, num_demos=2,
         conv_depth=4, stoch=8, deter=16, hidden=16, members=3, units=16, layers=2, disc_units=16,
         batch=4, length=8, horizon=4, pretrain=20, seed_steps=100, train_ratio=0.1),
 }
 
-# What an environment changes in a preset. With the paper's sigma a small D is blind to single
-# pixels, so the policy cuts corners; with a smaller image_std the model sees more of them.
-SIMULATED = dict(
-    steps=40_000, eval_every=3_000, eval_episodes=10, sigma=0.5, image_std=0.3, conv_depth=12)
+# What an environment changes in a preset.
+SIMULATED = dict(steps=40_000, eval_every=3_000, eval_episodes=10)
 ENV_PRESETS = {
-    ("point", "small"): dict(sigma=0.5, steps=6_000),
+    ("point", "small"): dict(steps=6_000, image_std=1.0, conv_depth=8),
     # The kitchen's expert is done by about step 160 and then rests.
     ("kitchen", "small"): dict(SIMULATED, batch=12, length=20, episode_steps=175),
     ("baoding", "paper"): dict(length=25),  # [C]
@@ -196,8 +197,8 @@ ENV_PRESETS = {
 }
 
 # What a resumed run may change, and --eval; any other difference is refused.
-RESUME_MAY_CHANGE = (
-    "steps", "minutes", "log_every", "eval_every", "eval_episodes", "threads", "graph", "logdir")
+RESUME_MAY_CHANGE = ("steps", "minutes", "log_every", "eval_every", "eval_episodes", "threads",
+                     "graph", "logdir", "demos")
 EVAL_MAY_CHANGE = ("seed", "device", "threads", "num_envs")
 
 # === Helpers ======================================================================================
@@ -223,16 +224,12 @@ def state_action_pairs(feat, action):
 
 def to_float(image):
     """uint8 (..., 64, 64, 3) -> float (..., 3, 64, 64) in [-.5, .5]; memory stays channels-last."""
-    return image.float().div_(255).sub_(0.5).movedim(-1, -3)  # in place: it is a large array
+    return image.float().div_(255).sub_(0.5).movedim(-1, -3)  # in place: it is large
 
 def to_uint8(image):
     """Invert to_float, with clipping: (..., 3, 64, 64) -> uint8 (..., 64, 64, 3)."""
     pixels = (image.float().movedim(-3, -1) + 0.5) * 255
     return pixels.round().clamp(0, 255).to(torch.uint8)
-
-def preserve_rng(device):
-    """Return a context after which torch's random state is what it was before."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 def bootstrap_ci(values, draws=10_000):
     """Return the 95% bootstrap confidence interval (low, high) of the mean of a 1-D array."""
@@ -264,7 +261,7 @@ class TruncatedNormal:
         p = self.cdf_low + torch.rand_like(self.loc) * self.mass
         x = self.loc + self.scale * torch.special.ndtri(p.clamp(1e-6, 1 - 1e-6))
         inside = x.clamp(-1 + 1e-6, 1 - 1e-6)
-        return x + (inside - x).detach()  # clipped value, unclipped gradient (straight-through)
+        return x + (inside - x).detach()  # clipped value, straight-through gradient
 
     def log_prob(self, x):
         """x (..., A) -> (...). Demo actions reach +-1, where the density is still positive."""
@@ -274,9 +271,9 @@ class TruncatedNormal:
 
     def entropy(self):
         """(...): log(sqrt(2 pi e) scale mass) + (low phi(low) - high phi(high)) / (2 mass)."""
-        def phi(x):
-            return torch.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
-        edge = (self.low * phi(self.low) - self.high * phi(self.high)) / (2 * self.mass)
+        phi_low, phi_high = (torch.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+                             for x in (self.low, self.high))
+        edge = (self.low * phi_low - self.high * phi_high) / (2 * self.mass)
         log_scale = (self.scale * self.mass).log() + 0.5 * math.log(2 * math.pi * math.e)
         return (log_scale + edge).sum(-1)
 
@@ -320,7 +317,7 @@ class EnsembleMLP(nn.Module):
         x = x.expand(len(weights[0]), *x.shape[-2:])  # (K or T, N, in)
         for weight, bias in zip(weights[:-1], biases[:-1]):
             x = F.elu(torch.baddbmm(bias, x, weight))
-        with torch.autocast(x.device.type, enabled=False):  # [P9] is a small difference of outputs
+        with torch.autocast(x.device.type, enabled=False):  # [P9] is a small difference
             return torch.baddbmm(biases[-1], x.float(), weights[-1])
 
 class Encoder(nn.Module):
@@ -331,7 +328,7 @@ class Encoder(nn.Module):
         for i, o in zip(channels, channels[1:]):
             layers += [nn.Conv2d(i, o, 4, 2), nn.ELU(inplace=True)]
         self.layers = nn.Sequential(*layers)
-        self.layers.to(memory_format=torch.channels_last)  # as to_float lays out the image
+        self.layers.to(memory_format=torch.channels_last)  # as of to_float
         self.size = 32 * depth  # E
 
     def forward(self, image):
@@ -489,7 +486,7 @@ def disagreement(means):
     if means.shape[0] == 1:
         return torch.zeros_like(means[0, :, 0])
     variance = (means - means.mean(0)).square().mean(0)  # (N, S)
-    return variance.clamp(min=1e-12).sqrt().mean(-1)  # the clamp: sqrt has no gradient at zero
+    return variance.clamp(min=1e-12).sqrt().mean(-1)  # sqrt has no gradient at zero
 
 class WorldModel(nn.Module):
     def __init__(self, c, action):
@@ -505,11 +502,11 @@ def world_model_loss(world, image, post, c):
     prior      T_i(s0)   T_j(s1)   T_k(s2)      heads i, j, k drawn anew; deter_t knows a_{t-1}"""
     difference = world.decoder(post.feat) - image
     error = torch.linalg.vector_norm(difference, dim=(-3, -2, -1))  # (L, B)
-    recon = 0.5 * error.square().mean()  # -log p(x|s) of unit variance, without its constant
+    recon = 0.5 * error.square().mean()  # -log p(x|s), unit variance, no constant
     mean, std = world.rssm.drawn_prior(post.deter)
     to_post = kl_normal(post.mean, post.std, mean.detach(), std.detach()).mean()
     to_prior = kl_normal(post.mean.detach(), post.std.detach(), mean, std).mean()
-    free, balance = c.free_nats, c.kl_balance  # the mean is free up to `free`, not each term
+    free, balance = c.free_nats, c.kl_balance  # the mean is free, not each term
     kl = (1 - balance) * to_post.clamp(min=free) + balance * to_prior.clamp(min=free)
     return recon / c.image_std**2 + kl, {"recon": recon, "kl": to_prior}
 
@@ -545,7 +542,7 @@ def discriminator_loss(disc, expert, policy, sigma):
     """[P8] with expert = 1, policy = 0; the same noise acts on both.
     expert, policy: pairs (s (..., F), a (..., A)) -> loss, info. Inputs carry no gradient."""
     on_expert, on_policy = disc(*expert, sigma), disc(*policy, sigma)
-    loss = F.softplus(-on_expert).mean() + F.softplus(on_policy).mean()  # -log D, -log(1 - D)
+    loss = F.softplus(-on_expert).mean() + F.softplus(on_policy).mean()  # -log D - log(1-D)
     info = {"disc/loss": loss}
     with torch.no_grad():
         for name, pair in (("expert", expert), ("policy", policy)):
@@ -680,7 +677,7 @@ class Optimizer:
 
     def load_state_dict(self, state):
         self.adam.load_state_dict(state["adam"])
-        for group in self.adam.param_groups:  # the state may come from another device
+        for group in self.adam.param_groups:  # it may come from another device
             group["capturable"] = self.capturable
         self.skipped.copy_(state["skipped"])
         self.skipped_now.copy_(state["skipped_now"])
@@ -707,14 +704,14 @@ class Learner(nn.Module):
             lr = self.c.disc_lr if name == "disc" else self.c.lr
             self.optimizers[name] = Optimizer(network, lr, self.c)
         if targets is not None:
-            self.target_source = (targets,)  # a tuple: a module would count as one more network
+            self.target_source = (targets,)  # in a tuple, or it would be saved twice
             self.targets = copy.deepcopy(targets).requires_grad_(False)
 
     @staticmethod
     def check(c):
         """Refuse a configuration that the method cannot run."""
         if c.reward == "none" and not (c.offline and c.beta):
-            die("--reward none needs --offline and a --beta above 0: nothing else is learned")
+            die("--reward none needs --offline and a --beta above 0")
 
     def autocast(self):
         """bfloat16 for convolutions and MLPs; what follows them is cast back to float32."""
@@ -725,11 +722,9 @@ class Learner(nn.Module):
     def update(self, replay, clone=False):
         """Make one update on losses(replay), or clone_losses(replay) -> info (0-d tensors)."""
         if clone not in self.recorded:
-            def steps(replay):
-                return self.take_steps(replay, clone)
             graphed = self.c.graph and self.device.type == "cuda"
-            self.recorded = {clone: CudaGraph(steps) if graphed else steps}
-        info = self.recorded[clone](replay)  # take_steps(replay, clone)
+            self.recorded = {clone: CudaGraph(self.take_steps) if graphed else self.take_steps}
+        info = self.recorded[clone](replay, clone)
         self.updates += 1
         if self.targets is not None and self.updates % self.c.target_every == 0:
             self.move_targets()
@@ -761,12 +756,9 @@ class Learner(nn.Module):
 
     def save(self):
         """Return all that an update changes: tensors (not copies) and plain values only."""
-        state = {"modules": self.state_dict(), "updates": self.updates,
-                 "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
-                 "rng": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["rng_cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
+        return {"modules": self.state_dict(), "updates": self.updates,
+                "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+                "rng": torch.get_rng_state(), "rng_cuda": torch.cuda.get_rng_state_all()}
 
     def load(self, state):
         """Return to what save() returned; a RuntimeError if it is of other networks."""
@@ -775,8 +767,7 @@ class Learner(nn.Module):
             self.optimizers[name].load_state_dict(saved)
         self.updates = state["updates"]
         torch.set_rng_state(state["rng"])
-        if "rng_cuda" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng_cuda"], self.device)
+        torch.cuda.set_rng_state_all(state["rng_cuda"][:torch.cuda.device_count()])
         self.recorded = {}  # a graph would go on with the tensors of before
 
 # === The agent: acting, and the losses of one update ==============================================
@@ -901,8 +892,7 @@ class Agent(Learner):
             _, spread = self.open_loop(*replay.sample_demos(self.c.batch))
         return {**super().report(replay), "uncertainty_expert": spread.mean()}
 
-# The methods: name -> class, and what its configuration changes. README.md names the sources;
-# experiments/baselines.py adds bc, ditto and pdac, and shows how to add one's own.
+# name -> class, and what its configuration changes. experiments/baselines.py adds methods.
 METHODS = {
     "cmil": (Agent, {}),
     "vmail": (Agent, dict(members=1, alpha=0.0, beta=0.0, seed_steps=0)),  # not conservative
@@ -916,8 +906,8 @@ class Replay:
     """All episodes, demos first, in two preallocated tensors on the learner's device.
 
     Rows are in stored order (action[t] led to image[t]). `start_rows` has the rows at which a
-    window of `length` rows within one episode begins; how many is a tensor, filled in place, so
-    that sampling needs no host synchronisation and fits a CUDA graph. Memory is taken at once."""
+    window of `length` rows within one episode begins. How many there are is a tensor, filled in
+    place: sampling needs no host synchronisation and fits a CUDA graph."""
     def __init__(self, capacity, length, action, device):
         self.length = length
         self.rows, self.windows = 0, 0
@@ -961,35 +951,36 @@ class Stop(Exception):
     """A signal or --minutes ends the run."""
 
 class Trainer:
-    """A run. A round is an atom: one episode of every environment and the updates that are due.
-
-    Every round ends with a checkpoint. A stop or a crash loses the round in hand and no more, so
-    that a resumed run equals one that was never stopped."""
+    """A run. A round is an atom: one episode of every environment and the updates that are due. It
+    ends with a checkpoint, so that a resumed run equals one that was never stopped."""
     def __init__(self, c):
         self.c, self.folder = c, pathlib.Path(c.logdir)
-        self.vec, self.env_info, self.agent = build(c)
+        device = setup_torch(c)
+        torch.manual_seed(c.seed)
+        self.vec = envs.make_vec(c.env, c.num_envs, **env_options(c))
+        self.env_info = envs.env_info(self.vec)
+        self.agent = METHODS[c.algo][0](c, self.env_info["action_dim"], device)
         self.T = self.env_info["episode_steps"]
-        if c.length > self.T + 1:
-            die(f"--length {c.length}: an episode of {self.T} steps has {self.T + 1} rows")
         self.per_round = c.num_envs * self.T  # environment steps
         self.rounds = math.ceil(c.steps / self.per_round)
         self.round, self.steps_in_round = 0, 0
         self.last_eval = -1  # the step of the last evaluation; -1: none yet
-        self.began = self.clock = time.monotonic()  # of this process; of all that trained the run
+        self.began = self.clock = time.monotonic()  # of this process, of the run
         self.stop_reason, self.progress = "", Progress()
-        demos = envs.load_demos(
+        demos = demonstrations.load_demos(
             c.demos, c.env, c.num_demos, min_steps=c.length - 1, **env_options(c))
         played = 0 if c.offline else self.rounds * c.num_envs  # episodes
         rows = sum(len(demo["image"]) for demo in demos) + played * (self.T + 1)
         self.replay = Replay(rows, c.length, self.env_info["action_dim"], self.agent.device)
         for demo in demos:
             self.replay.add(demo["image"], demo["action"], demo=True)
+        actions = self.replay.action[:self.replay.rows].cpu().numpy()  # of the demonstrations
+        self.demos_checksum = zlib.crc32(actions)  # the same wherever their files lie
         self.metrics = open_log(self.folder / "metrics.jsonl")
         self.resume()
         write_config(c, {**provenance(), **self.env_info, "update": self.agent.updates})
-        say(f"{c.algo} on {c.env}, preset {c.preset}, seed {c.seed}, {self.agent.device}\n"
-            f"{c.num_envs} environments of {self.T} steps {self.env_info['gl_renderer']}\n"
-            f"{self.folder}: step {self.step}, update {self.agent.updates}")
+        say(f"{c.algo} on {c.env}, preset {c.preset}, {self.agent.device}, {self.folder}: "
+            f"step {self.step}, update {self.agent.updates}")
 
     def run(self):
         """Train to the end or to a stop -> True if the run is complete."""
@@ -1001,14 +992,15 @@ class Trainer:
             while self.round < self.rounds:
                 self.with_workers(self.learn_offline if self.c.offline else self.play_round)
                 self.round, self.steps_in_round = self.round + 1, 0
-                self.checkpoint()  # a stop, a crash or a lost worker goes back to here
+                self.checkpoint()  # a stop or a crash goes back to here
                 self.evaluate_if_due()
+            say(f"done: {self.folder}; next: python cmil.py --eval {self.folder}")
             return True
         except Stop:
             say(f"stopped ({self.stop_reason}) at step {self.step}: the same command resumes")
             return False
         finally:
-            self.vec.close(terminate=True)
+            envs.close(self.vec)
             self.metrics.close()
             for number, handler in zip(signals, handlers):
                 signal.signal(number, handler)
@@ -1019,8 +1011,7 @@ class Trainer:
         return self.round * self.per_round + self.steps_in_round
 
     def updates_due(self):
-        """Updates the run should have made by now: `pretrain`, then `train_ratio` for every step
-        after the seed rounds."""
+        """Updates due by now: `pretrain`, then `train_ratio` a step after the seed rounds."""
         seed_steps = math.ceil(self.c.seed_steps / self.per_round) * self.per_round
         return self.c.pretrain + int(max(0, self.step - seed_steps) * self.c.train_ratio + 1e-6)
 
@@ -1046,8 +1037,8 @@ class Trainer:
             self.vec.step_async(actions[t + 1])
             self.steps_in_round += N
             self.learn()
-            images[t + 1], _, _, _, info = self.vec.step_wait(timeout=WORKER_TIMEOUT)
-            actions[t + 1][info["padded"]] = 0  # the episode was over: this action did nothing
+            images[t + 1], _, _, _, info = self.vec.step_wait(timeout=300)
+            actions[t + 1][info["padded"]] = 0  # the episode was over
         self.log({f"train/{name}": x.mean() for name, x in task_metrics(info).items()})
         for i in range(N):
             self.replay.add(images[:, i], actions[:, i])
@@ -1072,11 +1063,11 @@ class Trainer:
         """Make one update, and at log steps write its metrics."""
         info = self.agent.update(self.replay, clone)
         if self.agent.updates % self.c.log_every == 0:
-            with preserve_rng(self.agent.device):  # logging must not change what is learned
+            with torch.random.fork_rng():  # logging must not change what is learned
                 self.log({**info, **self.agent.report(self.replay)})
         for name, optimizer in self.agent.optimizers.items():
             if self.agent.updates % 10 == 0 and optimizer.skipped_now >= 10:
-                die(f"ten updates in a row had non-finite gradients of the {name} loss, at update "
+                die(f"ten non-finite gradients in a row of the {name} loss, at update "
                     f"{self.agent.updates}; {self.folder} holds the last good state")
 
     def evaluate_if_due(self):
@@ -1096,7 +1087,7 @@ class Trainer:
         means = {f"eval/{name}": float(value.mean()) for name, value in results.items()}
         self.log(means)
         text = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
-        say(f"step {self.step} evaluation ({self.c.eval_episodes} episodes): {text}")
+        say(f"step {self.step} evaluation: {text}")
         write_gif(self.folder / f"videos/eval-{self.step:07d}.gif", video, self.vec)
 
     def with_workers(self, job):
@@ -1108,10 +1099,10 @@ class Trainer:
                 self.check_stop()  # a scheduler's signal reaches the workers too
                 codes = [process.exitcode for process in self.vec.processes]
                 say(f"an environment's process is gone (exit codes {codes}; -9: killed)")
-                self.vec.close(terminate=True)
+                envs.close(self.vec)
                 self.vec = envs.make_vec(self.c.env, self.c.num_envs, **env_options(self.c))
                 self.go_back()
-        die("environments' processes died four times; with too little memory use fewer --num-envs")
+        die("environments' processes died four times; try fewer --num-envs")
 
     def on_signal(self, number, _):
         """Ask for a stop. A second signal ends the process at once; no checkpoint suffers."""
@@ -1129,7 +1120,7 @@ class Trainer:
     def checkpoint(self):
         """Write the present state, after the metrics; keep the checkpoint before."""
         state = {"agent": self.agent.save(), "round": self.round, "last_eval": self.last_eval,
-                 "seconds": time.monotonic() - self.clock,
+                 "seconds": time.monotonic() - self.clock, "demos": self.demos_checksum,
                  "metrics_bytes": self.metrics.tell()}
         os.fsync(self.metrics.fileno())
         write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save(state, file),
@@ -1152,6 +1143,8 @@ class Trainer:
         if state is None:
             return self.checkpoint()
         self.clock -= state["seconds"]
+        if state["demos"] != self.demos_checksum:
+            die(f"--demos {self.c.demos}: the run in {self.folder} has other demonstrations")
         if self.round > self.rounds:
             die(f"--steps {self.c.steps}: the run in {self.folder} has made {self.step}")
         for number in range(0 if self.c.offline else self.round):
@@ -1159,7 +1152,7 @@ class Trainer:
                 self.replay.add(*read_episode(self.folder, number, worker))
 
     def log(self, values):
-        """Write a line of metrics.jsonl. README.md explains every name."""
+        """Write a line of metrics.jsonl. experiments/README.md explains every name."""
         line = {"step": self.step, "update": self.agent.updates}
         line["time"] = time.monotonic() - self.clock
         line.update({name: float(value) for name, value in values.items()})
@@ -1184,7 +1177,6 @@ class Progress:
 
 # Streams of environment seeds that never meet: training, evaluation while training, --eval.
 TRAIN, EVALUATE, FINAL = 1, 2, 3
-WORKER_TIMEOUT = 300  # seconds
 
 def env_seeds(seed, stream, first, count):
     """Return the reset seeds of episodes first .. first + count - 1 of a stream."""
@@ -1206,7 +1198,7 @@ def rollouts(agent, vec, steps, episodes, seed, stream, sample, progress, check_
     -> dict of success, return and the environment's own measures (arrays of length `episodes`), and
     video (steps+1, 64, 64, 3) uint8 of the first. torch's random state stays as it was."""
     results, video = {}, []
-    with preserve_rng(agent.device):
+    with torch.random.fork_rng():
         torch.manual_seed(seed + 1_000_003 * stream)
         for done in range(0, episodes, vec.num_envs):
             image, _ = vec.reset(seed=env_seeds(seed, stream, done, vec.num_envs))
@@ -1232,7 +1224,7 @@ def open_log(path):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        die(f"{path} is being written by another process; end that, or give another --logdir")
+        die(f"{path} is in use by another process; give another --logdir")
     except OSError:
         pass  # this file system has no locks
     return file
@@ -1254,9 +1246,8 @@ def write_config(c, facts):
 def provenance():
     """Return what a run depends on beside its config: command, commit, versions, hardware."""
     facts = {"command": " ".join(["python", *sys.argv]), "commit": "", "versions": {},
-             "python": sys.version.split()[0], "threads": torch.get_num_threads(), "gpu": ""}
-    if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
+             "python": sys.version.split()[0], "threads": torch.get_num_threads(),
+             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else ""}
     git = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):  # no git here
         facts["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -1290,7 +1281,7 @@ def read_episode(folder, number, worker):
         with np.load(path) as file:
             return file["image"], file["action"]
     except Exception as error:  # zip, numpy and system errors of many kinds
-        die(f"{path} cannot be read ({error}); the run needs it: restore it or begin anew")
+        die(f"{path} cannot be read ({error}); restore it or begin anew")
 
 def write_gif(path, frames, vec, scale=4):
     """Write frames uint8 (T, 64, 64, 3) as an endless GIF at the pace of `vec`, enlarged."""
@@ -1306,7 +1297,7 @@ def load_checkpoint(folder, agent):
         if not path.exists():
             continue
         try:
-            if zipfile.ZipFile(path).testzip():  # torch.load does not notice a flipped byte
+            if zipfile.ZipFile(path).testzip():  # torch.load misses flipped bytes
                 raise ValueError("checksum")
             state = torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:  # zip, pickle and tensor errors of many kinds
@@ -1324,39 +1315,37 @@ def load_checkpoint(folder, agent):
 # === Speed: CUDA graph and memory; skip at first reading ==========================================
 
 class CudaGraph:
-    """step(replay), on CUDA recorded as a graph and then replayed: one launch, not thousands.
+    """step(replay, clone), recorded as a CUDA graph and then replayed: one launch, not thousands.
 
     The first calls run as they are. They are real steps, and make what must exist before recording
     (Adam's moments, libraries' workspaces). Recording itself computes nothing. A replayed step
     reads and writes the same memory every time, random numbers move on, and the next overwrites
     what it returned."""
-    WARM_UP = 3
-
-    def __init__(self, step):
-        self.step, self.calls, self.graph = step, 0, None
+    def __init__(self, step, warm_up=3):
+        self.step, self.calls_left, self.graph = step, warm_up, None
         self.stream = torch.cuda.Stream()
 
-    def __call__(self, replay):
-        if self.calls == self.WARM_UP:
-            self.record(replay)
-        self.calls += 1
+    def __call__(self, replay, clone):
+        if self.graph is None and self.calls_left == 0:
+            self.record(replay, clone)
         if self.graph:
             assert replay is self.replay  # its memory is part of the recording
             self.graph.replay()
             return self.info
+        self.calls_left -= 1
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            info = self.step(replay)
+            info = self.step(replay, clone)
         torch.cuda.current_stream().wait_stream(self.stream)
         return info
 
-    def record(self, replay):
+    def record(self, replay, clone):
         self.graph, self.replay = torch.cuda.CUDAGraph(), replay
         try:
             with torch.cuda.graph(self.graph, stream=self.stream):
-                self.info = self.step(replay)
+                self.info = self.step(replay, clone)
         except RuntimeError as error:
-            cause = str(error.__context__ or error).splitlines()[0]  # that of leaving it says less
+            cause = str(error.__context__ or error).splitlines()[0]  # the first cause
             die(f"an update cannot be recorded as a CUDA graph ({cause}); use --no-graph")
 
 def setup_torch(c):
@@ -1367,7 +1356,7 @@ def setup_torch(c):
     if c.threads:
         torch.set_num_threads(c.threads)
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc: keep freed memory, or every update faults it in anew
+    if hasattr(libc, "mallopt"):  # glibc: keep freed memory: it costs time to get
         libc.mallopt(-4, 0)   # M_MMAP_MAX: no maps of their own for large arrays
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -1382,9 +1371,9 @@ def parse(argv):
         prog="cmil.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     path = os.path.expanduser
     parser.error = lambda message: die(f"{message}; see python cmil.py --help")
-    parser.add_argument("--eval", metavar="RUN", type=path, help="evaluate a run; one JSON line")
-    parser.add_argument("--episodes", type=int, default=100, help="episodes of --eval (100)")
-    parser.add_argument("--video", metavar="FILE.gif", type=path, help="film an episode of --eval")
+    parser.add_argument("--eval", metavar="RUN", type=path, help="evaluate a run")
+    parser.add_argument("--episodes", type=int, default=100, help="of --eval (100)")
+    parser.add_argument("--video", metavar="FILE.gif", type=path, help="film of --eval")
     for field in dataclasses.fields(Config):
         kind = type(field.default)
         kind = {"type": path if kind is str else kind, "metavar": "X"}
@@ -1407,40 +1396,40 @@ def make_config(explicit):
     check_config(c)
     name = f"{c.env}-{c.algo}-s{c.seed}".replace("/", "-").replace(":", "-")
     logdir = c.logdir or f"runs/{name}"
-    stored = read_config(logdir)
+    stored = (read_config(logdir) or {}).get("config")
     if stored is None:
         cuda = torch.cuda.is_available() and c.device != "cpu"
-        auto = "paper" if cuda else "small"
-        preset = auto if c.preset == "auto" else c.preset
-        base = {**PRESETS[preset], **ENV_PRESETS.get((c.env, preset), {}), **METHODS[c.algo][1]}
+        preset = c.preset if c.preset != "auto" else "paper" if cuda else "small"
+        base = {**PRESETS[preset], **ENV_PRESETS.get((c.env, preset), {}), **METHODS[c.algo][1],
+                "preset": preset}
         if c.tasks:
             base.pop("episode_steps", None)  # the preset's is for all tasks
-        base["preset"] = preset
     else:
         base = stored
     given = {name: value for name, value in explicit.items() if (name, value) != ("preset", "auto")}
     differ = [f"{flag(name)} {value} (the run's: {stored[name]})" for name, value in given.items()
               if stored and name not in RESUME_MAY_CHANGE and value != stored[name]]
     if differ:
-        die(f"{logdir} holds a run with another {', '.join(differ)}; give another --logdir")
+        die(f"{logdir} has another {', '.join(differ)}; give another --logdir")
     c = Config(**{**base, **given, "logdir": str(logdir)})
     check_config(c)
     METHODS[c.algo][0].check(c)
     return c
 
 def read_config(run):
-    """Return the config of the run in a folder as a dict of all fields; None if there is none."""
+    """Return what a run's config.json holds, its config checked; None where there is none."""
     path = pathlib.Path(run) / "config.json"
     if not path.exists():
         if path.with_name("checkpoint.pt").exists():
-            die(f"{path} is missing; the checkpoint is of no use without it: restore it")
+            die(f"{path} is missing and its checkpoint is there: restore it")
         return None
     try:
-        c = Config(**json.loads(path.read_text())["config"])
+        stored = json.loads(path.read_text())
+        c = Config(**stored["config"])
         check_config(c)
     except (ValueError, KeyError, TypeError):
-        die(f"{path} is not the config.json of a run of this version; give another folder")
-    return dataclasses.asdict(c)
+        die(f"{path} is not of a run of this version; give another folder")
+    return {**stored, "config": dataclasses.asdict(c)}
 
 def check_config(c):
     """Refuse an unknown method, and values outside their choices or bounds, with one line."""
@@ -1457,14 +1446,6 @@ def check_config(c):
                     if name != "help" and limit[name] not in ((), -math.inf, math.inf)]
             die(f"{flag(field.name)} {value}: expected {', '.join(told)}")
 
-def build(c):
-    """Make what a config describes -> environments, envs.env_info of them, agent."""
-    device = setup_torch(c)
-    torch.manual_seed(c.seed)
-    vec = envs.make_vec(c.env, c.num_envs, **env_options(c))
-    info = envs.env_info(vec)
-    return vec, info, METHODS[c.algo][0](c, info["action_dim"], device)
-
 def load_policy(run, **changes):
     """Load the trained agent of a run's folder; torch and numpy suffice.
         agent = cmil.load_policy("runs/kitchen-cmil-s0")
@@ -1478,18 +1459,17 @@ def load_policy(run, **changes):
         die(f"{run}: no config.json there; give the folder of a run")
     for name in set(changes) - set(EVAL_MAY_CHANGE):
         die(f"{flag(name)} belongs to training: --eval cannot change it")
-    c = Config(**{**stored, "logdir": str(run), **changes})
+    c = Config(**{**stored["config"], "logdir": str(run), **changes})
     check_config(c)
-    info = json.loads((pathlib.Path(run) / "config.json").read_text())
-    agent = METHODS[c.algo][0](c, info["action_dim"], setup_torch(c))
-    agent.bounds = np.array(info["action_low"]), np.array(info["action_high"])
+    agent = METHODS[c.algo][0](c, stored["action_dim"], setup_torch(c))
+    agent.bounds = np.array(stored["action_low"]), np.array(stored["action_high"])
     if load_checkpoint(pathlib.Path(run), agent) is None:
         die(f"{run}: the run has not written a checkpoint.pt yet")
     return agent
 
 def evaluate_run(run, episodes, video, changes):
     """--eval: one JSON line, on environment seeds that training and its evaluations never use."""
-    if episodes < 1 or (video and not video.endswith(".gif")):
+    if episodes < 1 or not (video or ".gif").endswith(".gif"):
         die("--episodes takes a number above 0, --video the name of a .gif file")
     agent = load_policy(run, **changes)
     c = agent.c
@@ -1502,7 +1482,7 @@ def evaluate_run(run, episodes, video, changes):
         report[name]["success_ci95"] = bootstrap_ci(results["success"])
         if video and not sample:
             write_gif(pathlib.Path(video), frames, vec)
-    vec.close()
+    envs.close(vec)
     print(json.dumps(report))
 
 def main(argv=None):

@@ -25,7 +25,6 @@ import envs  # noqa: E402
 
 SECONDS = 20   # for each of the three measurements
 
-
 def parse():
     """Read the fields of the config from the command line -> dict of those that were given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
@@ -37,7 +36,6 @@ def parse():
             kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument("--" + field.name.replace("_", "-"), **kind)
     return vars(parser.parse_args())
-
 
 def rate(function, device):
     """Return how many calls of `function` fit into a second, after a few untimed ones."""
@@ -51,7 +49,6 @@ def rate(function, device):
         if device.type == "cuda":
             torch.cuda.synchronize()
     return calls / (time.perf_counter() - start)
-
 
 def play(trainer, update, updates):
     """Step all environments, episode after episode, with so many updates beside a step."""
@@ -69,7 +66,6 @@ def play(trainer, update, updates):
                 update()
             image = vec.step_wait()[0]
             yield
-
 
 def measure(c):
     """Time the run of config `c` -> dict, the line to print."""
@@ -91,7 +87,6 @@ def measure(c):
             "peak_mem_gb": peak / 1e9, "algo": c.algo, "preset": c.preset, "env": c.env,
             "device": str(device), "threads": torch.get_num_threads()}
 
-
 def main():
     with tempfile.TemporaryDirectory(prefix="cmil-bench-") as folder:
         try:
@@ -99,7 +94,6 @@ def main():
             print(json.dumps(measure(c)))
         except envs.UserError as error:
             cmil.die(error)
-
 
 if __name__ == "__main__":
     main()

@@ -3,10 +3,12 @@
     python experiments/figures.py RUN ... --out curve.png [--x step|update|time]
     python experiments/figures.py --bound RUN --out bound.png
     python experiments/figures.py --table RUN ...
+    python experiments/figures.py --open-loop RUN --out openloop.png
 
 The first is the paper's Figure 2: success and the environment's own measure, means over seeds with
 95% bootstrap intervals. The second is its Figure 3: the terms of the bound along one run. The third
-prints Markdown, from eval.json too. Runs that differ in nothing but the seed are one curve.
+prints Markdown, from eval.json too. The fourth shows what a run's world model predicts of a
+demonstration. Runs that differ in nothing but the seed are one curve.
 """
 import argparse
 import json
@@ -15,9 +17,11 @@ import sys
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import cmil  # noqa: E402
+import demonstrations  # noqa: E402
 
 # One colour, line and width per method, the same in every picture.
 STYLES = {
@@ -44,7 +48,6 @@ LOOK = {"axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "savefi
         "axes.spines.right": False, "figure.constrained_layout.use": True,
         "legend.fontsize": 8.5, "legend.handlelength": 3.2, "legend.frameon": False}
 
-
 class Run(NamedTuple):
     """What the folder of a run holds."""
     folder: str
@@ -54,7 +57,6 @@ class Run(NamedTuple):
     config: dict
     log: list     # the lines of metrics.jsonl
     final: dict   # eval.json, or {} before the evaluation
-
 
 def read_run(folder):
     """Read the folder of a run -> Run."""
@@ -77,7 +79,6 @@ def read_run(folder):
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         cmil.die(f"{folder}: config.json, metrics.jsonl or eval.json is damaged ({error})")
 
-
 def read_runs(folders):
     """Read runs of one environment -> {label: its runs, one for each seed}, methods in order."""
     runs = [read_run(folder) for folder in folders]
@@ -94,7 +95,6 @@ def read_runs(folders):
             seeds.append(run)
     return curves
 
-
 def label_of(run, same_method):
     """Name a run's method, and the settings in which the runs of that method differ."""
     ignored = {"seed", "device", "precision", *cmil.RESUME_MAY_CHANGE}
@@ -103,19 +103,17 @@ def label_of(run, same_method):
               if len({str(other.config[key]) for other in same_method}) > 1]
     return ", ".join([run.algo, *(f"{key} {run.config[key]}" for key in differ)])
 
-
 def measures(curves):
     """Choose what to draw: success and the environment's own measures, else the return."""
     lines = [entry for seeds in curves.values() for run in seeds for entry in run.log
              if "eval/return" in entry]
     shared = set.intersection(*(set(line) for line in lines))
-    if "eval/success" not in shared:
+    if not any(line["eval/success"] for line in lines):  # the environment may not report it
         return ["return"]
     # With a single task "eval/tasks" repeats the success.
     own = [key.removeprefix("eval/") for key in sorted(shared) if key.startswith("eval/")
            and any(line[key] != line["eval/success"] for line in lines)]
     return ["success", *(name for name in own if name not in HIDDEN | {"dropped"})]
-
 
 def curve(seeds, key, x):
     """Average the evaluations of several seeds -> x, mean, low, high, each (P,).
@@ -133,7 +131,6 @@ def curve(seeds, key, x):
     low, high = np.array([cmil.bootstrap_ci(column) for column in values.T]).reshape(-1, 2).T
     return grid, values.mean(0), low, high
 
-
 def plot_curves(folders, out, x):
     """Draw the learning curves of runs into the picture `out`, one panel for each measure."""
     curves = read_runs(folders)
@@ -150,7 +147,6 @@ def plot_curves(folders, out, x):
     figure.suptitle(runs[0].env, fontsize=11)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     save(figure, out)
-
 
 def draw_panel(axis, curves, name, x):
     """Draw every method's `name` over `x`, and the level of the demonstrations."""
@@ -178,7 +174,6 @@ def draw_panel(axis, curves, name, x):
     elif level:
         axis.set_ylim(bottom=-0.04 * level)
 
-
 def pyplot():
     """Import matplotlib.pyplot, for pictures in files only."""
     try:
@@ -190,14 +185,12 @@ def pyplot():
     from matplotlib import pyplot
     return pyplot
 
-
 def save(figure, out):
     """Write the picture `out`."""
     try:
         figure.savefig(out)
     except (OSError, ValueError) as error:
         cmil.die(f"--out {out}: cannot write the picture ({error})")
-
 
 # The paper's Figure 3: key in metrics.jsonl -> (what it estimates, colour, line).
 BOUND = {
@@ -206,7 +199,6 @@ BOUND = {
     "uncertainty_expert": ("disagreement along expert actions", "#009E73", ":"),
     "eval/return": ("return: gap to the best evaluation", "#000000", "-"),
 }
-
 
 def bound_term(log, key):
     """Read a term of the bound from a run's log -> steps, values scaled to [0, 1].
@@ -225,7 +217,6 @@ def bound_term(log, key):
                            for i in range(len(values))])
     return step, (values - values.min()) / (np.ptp(values) or 1)
 
-
 def plot_bound(folder, out):
     """Draw the terms of the bound along one run into the picture `out`."""
     run = read_run(folder)
@@ -240,6 +231,19 @@ def plot_bound(folder, out):
     figure.legend(loc="outside lower center", ncols=2)
     save(figure, out)
 
+def plot_open_loop(folder, out, columns=10, scale=3):
+    """Draw a demonstration, the model's prediction from five frames on, and their difference."""
+    import imageio
+    agent = cmil.load_policy(folder)
+    c = agent.c
+    demo = demonstrations.load_demos(c.demos, c.env, 1, **cmil.env_options(c))[0]
+    image = torch.as_tensor(demo["image"][:c.length, None])  # (L, 1, 64, 64, 3)
+    predicted, _ = agent.open_loop(image, torch.as_tensor(demo["action"][:c.length, None]))
+    truth, predicted = image[:, 0].numpy(), predicted[:, 0].cpu().numpy()
+    error = np.abs(truth.astype(int) - predicted).astype(np.uint8)
+    pick = np.linspace(0, len(truth) - 1, min(columns, len(truth))).astype(int)
+    rows = [np.concatenate(x[pick], 1) for x in (truth, predicted, error)]
+    imageio.imwrite(out, np.concatenate(rows).repeat(scale, 0).repeat(scale, 1))
 
 def print_table(folders):
     """Print a Markdown table: one row for each method and setting."""
@@ -260,7 +264,6 @@ def print_table(folders):
         cells = [" / ".join(mean_cell(seeds, kind, name) for kind in KINDS) for name in names]
         print(f"| {' | '.join([label, *cells, *costs(seeds)])} |")
 
-
 def mean_cell(seeds, kind, name):
     """Write the mean over seeds; success with its 95% interval (one seed: over its episodes)."""
     results = [run.final[kind] for run in seeds if kind in run.final]
@@ -274,7 +277,6 @@ def mean_cell(seeds, kind, name):
     mean, low, high = (f"{number + 1e-9:.2f}" for number in (np.mean(values), low, high))
     return f"{mean} ({low}-{high})" if name == "success" else mean
 
-
 def costs(seeds):
     """Write seeds, episodes of the evaluation, environment steps, updates and minutes."""
     last = [run.log[-1] for run in seeds]
@@ -284,25 +286,24 @@ def costs(seeds):
     return [", ".join(str(run.seed) for run in seeds),
             *(f"{min(x):,}" if min(x) == max(x) else f"{min(x):,}-{max(x):,}" for x in columns)]
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = lambda message: cmil.die(f"{message}; see experiments/figures.py --help")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs")
     parser.add_argument("--bound", action="store_true", help="draw the terms of the bound")
     parser.add_argument("--table", action="store_true", help="print a table")
+    parser.add_argument("--open-loop", action="store_true", help="draw the model's prediction")
     parser.add_argument("--out", default="curve.png", help="the picture: .png, .pdf or .svg")
     parser.add_argument("--x", default="step", choices=list(X_AXES), help="the horizontal axis")
     args = parser.parse_args()
     if args.table:
         print_table(args.runs)
-    elif args.bound and len(args.runs) > 1:
-        cmil.die("--bound takes one run")
     elif args.bound:
         plot_bound(args.runs[0], args.out)
+    elif args.open_loop:
+        plot_open_loop(args.runs[0], args.out)
     else:
         plot_curves(args.runs, args.out, args.x)
-
 
 if __name__ == "__main__":
     main()

@@ -20,7 +20,6 @@ from experiments import figures  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
 
-
 def commands(args, flags, variant, seed):
     """Return a run's folder, its training command and its evaluation command."""
     flags = [*flags, *shlex.split(variant)]
@@ -35,7 +34,6 @@ def commands(args, flags, variant, seed):
                 "--seed", str(args.eval_seed)]
     return run, train, evaluate
 
-
 def train_and_evaluate(run, train, evaluate):
     """Make one run and write its eval.json."""
     print(shlex.join(train), flush=True)
@@ -45,7 +43,6 @@ def train_and_evaluate(run, train, evaluate):
     except (subprocess.CalledProcessError, KeyboardInterrupt):
         cmil.die(f"{run} was stopped (see above); the same command continues the sweep")
     (run / "eval.json").write_text(answer.stdout.splitlines()[-1] + "\n")
-
 
 def parse(argv):
     """Split the command line at "--" -> this program's arguments, the flags of all runs."""
@@ -65,7 +62,6 @@ def parse(argv):
              for word in argv[:cut]]
     return parser.parse_args(words), argv[cut + 1:]
 
-
 def main():
     args, flags = parse(sys.argv[1:])
     runs = [commands(args, flags, variant, seed)
@@ -80,7 +76,6 @@ def main():
             train_and_evaluate(run, train, evaluate)
     if not args.dry_run:
         figures.print_table([run for run, _, _ in runs])
-
 
 if __name__ == "__main__":
     main()
