@@ -20,7 +20,7 @@ EQUATIONS   [P]: the L4DC paper; [W]: its workshop version; [C]: the released co
   [W6]  actor          L = -mean_{t<H}[ l V(s_t) + (1-l) V_0(s_t) ] + beta BC(expert)
   [W7]  critic, model  L = mean_{t<H} (Q_i(s_t,a_t) - Vbar(s_t))^2   bar: by the target critics
   [W8]  critic, data   L = mean_j (Q_i(s_j,a_j) - y_j)^2
-                       y_j = r_j + g((1-l) Vbar_0(s_{j+1}) + l Vbar(s_{j+1}))
+                       y_j = r_j + g((1-l) Vbar_0(s_{j+1}) + l Vbar(s_{j+1}))   r_j: D's logit
   [W9]  critic         [W7] + [W8]
 
 SYMBOLS     B windows of L steps, N = L B imagination starts, H horizon, K prior heads, m critics,
@@ -107,17 +107,15 @@ class Config:
         "auto", "auto: bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
     graph: bool = option(True, "on CUDA, replay updates as a graph")
 
-    # Environment and demonstrations
+    # Environment, demonstrations, logging
     tasks: str = option("", "kitchen: tasks joined by +; empty: all four")
     episode_steps: int = option(0, "T; 0: the environment's own", at_least=0)
     robot_noise_ratio: float = option(0.0, "kitchen; 0: its own .01; [C] .1", at_least=0)
     num_envs: int = option(5, "environments in lockstep", above=0)
-    demos: str = option("", "file or folder; empty: the environment's own")
-    num_demos: int = option(0, "use so many demonstrations; 0: all", at_least=0)
-
-    # Logging
+    demos: str = option("", "file or folder; empty: env's own")
+    num_demos: int = option(0, "how many; 0: all", at_least=0)
     log_every: int = option(100, "updates between lines of metrics", above=0)
-    eval_every: int = option(5_000, "environment steps between evaluations", above=0)
+    eval_every: int = option(5_000, "steps between evaluations", above=0)
     eval_episodes: int = option(10, "episodes an evaluation", above=0)
 
     # Network sizes [C]
@@ -134,15 +132,15 @@ class Config:
     disc_layers: int = option(2, "layers of the discriminator", above=0)
 
     # Batches and schedule [C]
-    batch: int = option(32, "B, windows of the replay, and of the demos", above=0)
+    batch: int = option(32, "B, windows of replay and of demos", above=0)
     length: int = option(50, "L, steps a window", at_least=2)
     horizon: int = option(15, "H, imagined steps", above=0)
     pretrain: int = option(1000, "first updates, on the demos alone", at_least=0)
     seed_steps: int = option(5000, "steps before training", at_least=0)
     train_ratio: float = option(0.4, "updates an environment step", at_least=0)
-    offline: bool = option(False, "never act: learn from the demos alone")
+    offline: bool = option(False, "learn from the demos alone")
 
-    # Losses
+    # Losses and optimizers [C]
     free_nats: float = option(1.0, "KL below this is free", at_least=0)
     image_std: float = option(1.0, "std of p(x|s) [P1]", above=0)
     kl_balance: float = option(0.8, "share that trains the prior", at_least=0, at_most=1)
@@ -152,22 +150,20 @@ class Config:
     beta: float = option(10.0, "weight of cloning [W6]; 0: none", at_least=0)
     sigma: float = option(math.sqrt(2.5), "std of noise on D's input [P8]", at_least=0)
     reward_noise: bool = option(False, "[C]: noise in the reward too")
-    target: str = option("min", "min over target critics [W] or a random one [C]",
+    target: str = option("min", "[W] min over targets; [C] a random one",
                          choices=("min", "random"))
-    data_critic: bool = option(True, "[W8]: a critic loss on real transitions")
+    data_critic: bool = option(True, "[W8]: critic loss on real pairs")
     actor_discount: bool = option(True, "weights g^t in the actor's loss [C]")
     critic_discount: bool = option(True, "weights g^(t+1) in the critic's loss [C]")
     gamma: float = option(0.99, "g, discount [C]", at_least=0, at_most=1)
     lam: float = option(0.95, "l of TD(lambda) [C]", at_least=0, at_most=1)
     entropy: float = option(1e-4, "weight of the entropy [C]", at_least=0)
-
-    # Optimizers [C]
     lr: float = option(3e-4, "Adam's learning rate", above=0)
     disc_lr: float = option(3e-4, "the discriminator's", above=0)
     adam_eps: float = option(1e-5, "Adam's epsilon", above=0)
     clip: float = option(100.0, "largest gradient norm", above=0)
     weight_decay: float = option(1e-6, "weights shrink by it each step", at_least=0)
-    target_every: int = option(100, "updates between copies of the targets", above=0)
+    target_every: int = option(100, "updates between target copies", above=0)
 
 PRESETS = {
     "paper": {},
@@ -407,8 +403,7 @@ class State(NamedTuple):
 class RSSM(nn.Module):
     """s_t = (deter_t, stoch_t): deter_t = GRU(deter_{t-1}, stoch_{t-1}, a_{t-1}), shared;
     posterior q(stoch_t | deter_t, x_t); K priors T_i(stoch_t | deter_t), one head each.
-
-    Sizes: action A, embed E, stoch S, deter D, hidden units, members K."""
+    Arguments are sizes: A, E, S, D, hidden units, K."""
     def __init__(self, action, embed, stoch, deter, hidden, members):
         super().__init__()
         self.stoch, self.deter, self.members = stoch, deter, members
@@ -746,7 +741,7 @@ class Learner(nn.Module):
             target.data.lerp_(source.data, tau)
 
     def in_env_units(self, action):
-        """Scale actions (..., A) from [-1, 1] to the bounds of the environment trained in."""
+        """Scale actions (..., A) from [-1, 1] to the environment's bounds, after load_policy."""
         low, high = self.bounds
         return low + (action + 1) / 2 * (high - low)
 
@@ -853,12 +848,12 @@ class Agent(Learner):
             reward = conservative_reward(self.disc, dream, c)  # (H, N) [P9] [P10]
 
             # Critics and actor: towards TD(lambda) of the rewards, and near the demonstrations.
-            critic_loss, critic_info = self.critic_losses(dream, reward, feat, action)  # [W9]
+            q_loss, q_info = self.critic_losses(dream, reward, feat, action)  # [W9]
             pi_loss, pi_info = actor_loss(self.critics, dream, reward, c)  # [W6]
             bc_loss = clone_loss(self.actor, expert_feat, expert_action)
-        losses = {"world": world_loss, "disc": disc_loss, "critics": critic_loss,
+        losses = {"world": world_loss, "disc": disc_loss, "critics": q_loss,
                   "actor": pi_loss + c.beta * bc_loss}
-        return losses, {**info, **disc_info, **critic_info, **pi_info, "bc": bc_loss}
+        return losses, {**info, **disc_info, **q_info, **pi_info, "bc": bc_loss}
 
     def critic_losses(self, dream, reward, feat, action):
         """[W9]: imagined and real pairs, each towards TD(lambda) of the target critics."""
@@ -963,6 +958,7 @@ class Trainer:
         self.T = self.env_info["episode_steps"]
         self.per_round = c.num_envs * self.T  # environment steps
         self.rounds = math.ceil(c.steps / self.per_round)
+        self.seed_steps = math.ceil(c.seed_steps / self.per_round) * self.per_round
         self.round, self.steps_in_round = 0, 0
         self.last_eval = -1  # the step of the last evaluation; -1: none yet
         self.began = self.clock = time.monotonic()  # of this process, of the run
@@ -979,6 +975,8 @@ class Trainer:
         self.metrics = open_log(self.folder / "metrics.jsonl")
         self.resume()
         write_config(c, {**provenance(), **self.env_info, "update": self.agent.updates})
+        if self.agent.updates == 0:
+            self.checkpoint()  # a new run's first: the config is there already
         say(f"{c.algo} on {c.env}, preset {c.preset}, {self.agent.device}, {self.folder}: "
             f"step {self.step}, update {self.agent.updates}")
 
@@ -1012,8 +1010,8 @@ class Trainer:
 
     def updates_due(self):
         """Updates due by now: `pretrain`, then `train_ratio` a step after the seed rounds."""
-        seed_steps = math.ceil(self.c.seed_steps / self.per_round) * self.per_round
-        return self.c.pretrain + int(max(0, self.step - seed_steps) * self.c.train_ratio + 1e-6)
+        learning = max(0, self.step - self.seed_steps)
+        return self.c.pretrain + int(learning * self.c.train_ratio + 1e-6)  # against rounding
 
     def pretrain(self):
         """Make the first updates, with a checkpoint at every log step."""
@@ -1055,8 +1053,9 @@ class Trainer:
         due = self.updates_due()
         while self.agent.updates < due:
             self.update(self.agent.cloning_only)
-        phase = "training" if due > self.c.pretrain or self.c.offline else "seed rounds"
-        self.progress.show(phase, self.step, self.rounds * self.per_round)
+        seeding = self.step < self.seed_steps
+        total = self.seed_steps if seeding else self.rounds * self.per_round
+        self.progress.show("seed rounds" if seeding else "training", self.step, total)
         self.check_stop()
 
     def update(self, clone):
@@ -1130,18 +1129,19 @@ class Trainer:
         """Return to the last checkpoint -> all that it holds, or None."""
         state = load_checkpoint(self.folder, self.agent)
         if state is not None:
+            os.replace(state["path"], self.folder / "checkpoint.pt")  # it may be the one before
             self.round, self.steps_in_round = state["round"], 0
             self.last_eval = state["last_eval"]
             cut_log(self.metrics, state["metrics_bytes"])
         return state
 
     def resume(self):
-        """Continue the run that is in the folder, or begin one."""
+        """Continue the run that is in the folder, if there is one."""
         state = self.go_back()
         if state is None and self.metrics.tell():
             die(f"{self.folder} has metrics but no checkpoint; give another --logdir")
         if state is None:
-            return self.checkpoint()
+            return
         self.clock -= state["seconds"]
         if state["demos"] != self.demos_checksum:
             die(f"--demos {self.c.demos}: the run in {self.folder} has other demonstrations")
@@ -1173,7 +1173,7 @@ class Progress:
             return
         self.shown, rate = now, (done - self.first) / (now - self.start)
         left = (total - done) / rate / 60
-        say(f"{phase} {done}/{total}, {rate:.2g} a second, {left:.0f} minutes left")
+        say(f"{phase} {done}/{total}, {rate:.2g} a second, {left:.0f} minutes left", sys.stderr)
 
 # Streams of environment seeds that never meet: training, evaluation while training, --eval.
 TRAIN, EVALUATE, FINAL = 1, 2, 3
@@ -1205,11 +1205,12 @@ def rollouts(agent, vec, steps, episodes, seed, stream, sample, progress, check_
             carry, total, first = None, np.zeros(vec.num_envs), [image[0].copy()]
             for _ in range(steps):
                 action, carry = agent.act(image, carry, sample)
-                image, reward, _, _, info = vec.step(action)
+                vec.step_async(action)
+                image, reward, _, _, info = vec.step_wait(timeout=300)  # seconds
                 total += reward
                 first.append(image[0].copy())
                 check_stop()
-            progress.show("evaluating", done, episodes)
+            progress.show("evaluating", min(done + vec.num_envs, episodes), episodes)
             video = video or first
             for name, value in {**task_metrics(info), "return": total}.items():
                 results.setdefault(name, []).extend(value)
@@ -1292,8 +1293,8 @@ def write_gif(path, frames, vec, scale=4):
 
 def load_checkpoint(folder, agent):
     """Load a run's newest readable checkpoint into the agent -> all that it holds, or None."""
-    newest, damaged = folder / "checkpoint.pt", []
-    for path in (newest, folder / "checkpoint.prev.pt"):
+    damaged = []
+    for path in (folder / "checkpoint.pt", folder / "checkpoint.prev.pt"):
         if not path.exists():
             continue
         try:
@@ -1304,12 +1305,11 @@ def load_checkpoint(folder, agent):
             damaged.append(f"{path} cannot be read ({type(error).__name__})")
             continue
         if damaged:
-            say(f"{damaged[0]}; going back to {path.name}")
-            os.replace(path, newest)  # or the damaged one would take its place
+            say(f"{damaged[0]}; going back to {path.name}", sys.stderr)
         agent.load(state["agent"])
-        return state
+        return {**state, "path": path}
     if damaged:
-        die(f"{'; '.join(damaged)}; remove what cannot be read to begin anew")
+        die(f"{'; '.join(damaged)}; remove them to begin anew")
     return None
 
 # === Speed: CUDA graph and memory; skip at first reading ==========================================
@@ -1346,13 +1346,13 @@ class CudaGraph:
                 self.info = self.step(replay, clone)
         except RuntimeError as error:
             cause = str(error.__context__ or error).splitlines()[0]  # the first cause
-            die(f"an update cannot be recorded as a CUDA graph ({cause}); use --no-graph")
+            die(f"no CUDA graph of an update ({cause}); use --no-graph")
 
 def setup_torch(c):
     """Set device, threads and number formats of this process -> torch.device."""
     device = torch.device("cuda" if torch.cuda.is_available() and c.device != "cpu" else "cpu")
     if c.device == "cuda" != device.type:
-        die("--device cuda: torch finds no CUDA device here; use --device cpu")
+        die("--device cuda: no CUDA device here; use --device cpu")
     if c.threads:
         torch.set_num_threads(c.threads)
     libc = ctypes.CDLL(None)
@@ -1368,7 +1368,8 @@ def setup_torch(c):
 def parse(argv):
     """The command line -> (dict of the config fields given, namespace of the other options)."""
     parser = argparse.ArgumentParser(
-        prog="cmil.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+        prog="cmil.py", allow_abbrev=False,
+        description=__doc__.split("\n")[0] + " The defaults are those of --preset paper.")
     path = os.path.expanduser
     parser.error = lambda message: die(f"{message}; see python cmil.py --help")
     parser.add_argument("--eval", metavar="RUN", type=path, help="evaluate a run")
@@ -1421,7 +1422,7 @@ def read_config(run):
     path = pathlib.Path(run) / "config.json"
     if not path.exists():
         if path.with_name("checkpoint.pt").exists():
-            die(f"{path} is missing and its checkpoint is there: restore it")
+            die(f"{path} is missing: restore it")
         return None
     try:
         stored = json.loads(path.read_text())
@@ -1447,13 +1448,12 @@ def check_config(c):
             die(f"{flag(field.name)} {value}: expected {', '.join(told)}")
 
 def load_policy(run, **changes):
-    """Load the trained agent of a run's folder; torch and numpy suffice.
-        agent = cmil.load_policy("runs/kitchen-cmil-s0")
-        carry = None                                                 # at every episode's start
-        action, carry = agent.act(image[None], carry, sample=False)  # image (64, 64, 3) uint8
-        action = agent.in_env_units(action[0])                       # before: in [-1, 1]
+    """Load the trained agent of a run's folder; torch and numpy suffice. At every frame:
 
-    changes: fields of EVAL_MAY_CHANGE."""
+        action, carry = agent.act(image[None], carry, sample=False)  # image (64, 64, 3) uint8
+        action = agent.in_env_units(action[0])  # until here in [-1, 1]
+
+    carry is None at an episode's start. changes: fields of EVAL_MAY_CHANGE."""
     stored = read_config(run)
     if stored is None:
         die(f"{run}: no config.json there; give the folder of a run")
@@ -1470,7 +1470,7 @@ def load_policy(run, **changes):
 def evaluate_run(run, episodes, video, changes):
     """--eval: one JSON line, on environment seeds that training and its evaluations never use."""
     if episodes < 1 or not (video or ".gif").endswith(".gif"):
-        die("--episodes takes a number above 0, --video the name of a .gif file")
+        die("--episodes takes a number above 0, --video a .gif file")
     agent = load_policy(run, **changes)
     c = agent.c
     vec = envs.make_vec(c.env, c.num_envs, **env_options(c))

@@ -33,7 +33,7 @@ class Ditto(cmil.Agent):
     @staticmethod
     def check(c):
         if not c.offline or c.reward == "none" or c.horizon >= c.length:
-            cmil.die("--algo ditto needs --offline, a --reward and a --horizon below --length")
+            cmil.die("--algo ditto needs --offline, a --reward, --horizon below --length")
 
     def losses(self, replay):
         c, world, H = self.c, self.world, self.c.horizon
@@ -119,7 +119,7 @@ class PixelDAC(PixelAgent):
         super().__init__(c)
         layers = cmil.Encoder(c.conv_depth, 3 * self.FRAMES)
         encoder = nn.Sequential(
-            layers, nn.Linear(layers.size, self.EMBED), nn.LayerNorm(self.EMBED), nn.Tanh())  # [Q]
+            layers, nn.Linear(layers.size, self.EMBED), nn.LayerNorm(self.EMBED), nn.Tanh())
         heads = cmil.Critics(c.critics, self.EMBED, action, c.units, c.layers)
         self.critics = nn.ModuleDict({"encoder": encoder, "heads": heads})
         self.actor = cmil.Actor(self.EMBED, action, c.units, c.layers, c.min_std)
@@ -128,9 +128,10 @@ class PixelDAC(PixelAgent):
 
     @staticmethod
     def check(c):
-        if c.offline or c.reward == "none" or c.length < 6 or c.pretrain or not c.seed_steps:
-            cmil.die("--algo pdac needs --no-offline, a --reward, --length 6 or more, --pretrain 0 "
-                     "and --seed-steps above 0")
+        offline = c.offline or c.reward == "none"
+        if offline or c.length < 6 or c.pretrain or not c.seed_steps:
+            cmil.die("--algo pdac needs --no-offline, a --reward, --length 6 or more, "
+                     "--pretrain 0 and --seed-steps above 0")
 
     def policy(self, frames):
         return self.actor(self.critics.encoder(frames))
@@ -155,7 +156,7 @@ class PixelDAC(PixelAgent):
             e = embed.detach()
             policy = cmil.state_action_pairs(e, action)  # (L-3, B, ...)
             disc_loss, info = cmil.discriminator_loss(self.disc, expert, policy, 0.0)  # [P8]
-            disc_loss = disc_loss + self.PENALTY * gradient_penalty(self.disc, expert, policy)
+            penalty = gradient_penalty(self.disc, expert, policy)
 
             pi = self.actor(e)
             with torch.no_grad():
@@ -168,9 +169,9 @@ class PixelDAC(PixelAgent):
 
             pi_value = self.critics.heads(e, pi.rsample()).min(0).values  # (L-2, B)
             pi_loss = -(pi_value + c.entropy * pi.entropy()).mean()
-        return {"critics": q_loss, "actor": pi_loss, "disc": disc_loss}, {
-            **info, "reward": reward.mean(), "critic/data": q_loss, "critic/value": target.mean(),
-            "entropy": pi.entropy().mean()}
+        losses = {"critics": q_loss, "actor": pi_loss, "disc": disc_loss + self.PENALTY * penalty}
+        return losses, {**info, "reward": reward.mean(), "entropy": pi.entropy().mean(),
+                        "critic/data": q_loss, "critic/value": target.mean()}
 
 def n_step_target(reward, value, gamma, n):
     """y_t = sum_{k<n} g^k r_{t+k} + g^n v_{t+n}: reward (T-1, B), value (T, B) -> (T-n, B)"""

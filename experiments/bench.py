@@ -80,7 +80,7 @@ def measure(c):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":
         peak = torch.cuda.max_memory_reserved()
-    trainer.vec.close(terminate=True)
+    cmil.envs.close(trainer.vec)
     return {"updates_per_s": updates, "seconds_per_update": 1 / updates,
             "env_steps_per_s": steps * c.num_envs,
             "both": {"updates_per_s": both * per_step, "env_steps_per_s": both * c.num_envs},
