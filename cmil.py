@@ -1,9 +1,9 @@
 """CMIL, conservative model-based imitation learning from pixels, in one file.
 
 Kolev, Rafailov, Hatch, Wu, Finn: "Efficient Imitation Learning with Conservative World Models",
-L4DC 2024 (arXiv 2405.13193). From 10-20 demonstrations and no reward, CMIL learns a world model
-with an ensemble of latent priors, a discriminator on latent state-action pairs (the only reward,
-minus the ensemble's disagreement), and an actor and a critic ensemble inside the model.
+L4DC 2024 (arXiv 2405.13193). From 10-20 demonstrations, without reward, CMIL learns a world model
+with an ensemble of latent priors and a discriminator on latent state-action pairs. Its logit minus
+the ensemble's disagreement is the reward of an actor and critics inside the model.
 
     python cmil.py --env kitchen                         train; the same command resumes
     python cmil.py --eval runs/kitchen-cmil-s0           one JSON line; --video FILE.gif films it
@@ -12,7 +12,7 @@ EQUATIONS   [P]: the L4DC paper; [W]: its workshop version; [C]: the released co
   [P1]  world model    max E_q[ sum_t log p(x_t|s_t)
                                 - KL( q(s_t|x_t,s_{t-1},a_{t-1}) || T_i(s_t|s_{t-1},a_{t-1}) ) ]
   [P8]  discriminator  min_D -mean log D(s^E,a^E) - mean log(1 - D(s,a))     expert 1, policy 0
-  [P9]  mismatch       u(s,a) = std_i mu_i(s,a), mean over dims      mu_i: mean of the i-th prior
+  [P9]  disagreement   u(s,a) = std_i mu_i(s,a), mean over dims      mu_i: mean of the i-th prior
   [P10] reward         r(s,a) = log D - log(1-D) - alpha u(s,a)      the first two are D's logit
   [W-]  values         V_0(s_t) = min_i Q_i(s_t,a_t)
         k steps        V_k(s_t) = sum_{j<k} g^j r_{t+j} + g^k V_0(s_{t+k})
@@ -24,13 +24,13 @@ EQUATIONS   [P]: the L4DC paper; [W]: its workshop version; [C]: the released co
   [W9]  critic         [W7] + [W8]
 
 SYMBOLS     B windows of L steps, N = L B imagination starts, H horizon, K prior heads, m critics,
-            T steps an episode, A action, E embedding, S stoch, D deter, F = S + D feat.
-            g gamma, l lambda, alpha the penalty's weight, beta cloning's, sigma the noise on D's
+            T steps an episode; sizes A action, E embed, S stoch, D deter, F = S + D feat.
+            g gamma, l lambda, alpha weight of the penalty, beta of cloning, sigma noise on D's
             input. Tensors are time-major. post: q(s_t|...); prior: T_i(s_t|...);
             feat: [stoch, deter]; logit: the discriminator's output before its sigmoid.
 
 TIME        action[t] LED TO image[t] (row 0: the reset image and a zero action). The paper's pair
-            (s_t, a_t) is therefore (feat[t], action[t+1]); state_action_pairs() alone makes it.
+            (s_t, a_t) is therefore (feat[t], action[t+1]); only state_action_pairs() makes it.
 
                 row t       0        1        2        3
                 image       x0       x1       x2       x3
@@ -77,15 +77,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-with contextlib.suppress(ImportError):  # all but training works without gymnasium
+with contextlib.suppress(ImportError):  # load_policy works without gymnasium
     import demonstrations
     import envs
 
 # === Configuration ================================================================================
-# Every field is a flag. The defaults are the paper-size run; presets override them.
+# Each field is a flag. The defaults give the paper-size run; presets override them.
 
 def option(default, help, choices=(), at_least=-math.inf, above=-math.inf, at_most=math.inf):
-    """Declare a field: its default, a sentence of help, and the values it may take."""
+    """Declare a field: its default, its help text, and the values it may take."""
     return dataclasses.field(default=default, metadata={
         "help": help, "choices": choices,
         "at_least": at_least, "above": above, "at_most": at_most})
@@ -97,11 +97,11 @@ class Config:
     algo: str = option("cmil", "the method: cmil, vmail, dgail or dbc")
     preset: str = option("auto", "auto: paper on CUDA, small elsewhere",
                          choices=("auto", "paper", "small", "debug"))
-    seed: int = option(0, "of all random numbers", at_least=0, at_most=2**32 - 1)
+    seed: int = option(0, "the random seed", at_least=0, at_most=2**32 - 1)
     logdir: str = option("", "folder; empty: runs/<env>-<algo>-s<seed>")
-    steps: int = option(250_000, "environment steps in all [P]", above=0)
-    minutes: float = option(0.0, "stop after so many minutes; 0: never", at_least=0)
-    device: str = option("auto", "auto: CUDA if there is one", choices=("auto", "cpu", "cuda"))
+    steps: int = option(250_000, "total environment steps [P]", above=0)
+    minutes: float = option(0.0, "stop after X minutes; 0: never", at_least=0)
+    device: str = option("auto", "auto: CUDA if available", choices=("auto", "cpu", "cuda"))
     threads: int = option(0, "CPU threads; 0: torch's choice", at_least=0)
     precision: str = option(
         "auto", "auto: bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
@@ -116,7 +116,7 @@ class Config:
     num_demos: int = option(0, "how many; 0: all", at_least=0)
     log_every: int = option(100, "updates between lines of metrics", above=0)
     eval_every: int = option(5_000, "steps between evaluations", above=0)
-    eval_episodes: int = option(10, "episodes an evaluation", above=0)
+    eval_episodes: int = option(10, "evaluation episodes", above=0)
 
     # Network sizes [C]
     conv_depth: int = option(48, "channels of the first convolution", above=0)
@@ -126,18 +126,18 @@ class Config:
     members: int = option(10, "K, prior heads", above=0)
     units: int = option(400, "units of actor and critics", above=0)
     layers: int = option(4, "layers of actor and critics", above=0)
-    min_std: float = option(0.1, "least std of the policy", above=0, at_most=1)
+    min_std: float = option(0.1, "smallest policy std", above=0, at_most=1)
     critics: int = option(2, "m, critics", above=0)
     disc_units: int = option(200, "units of the discriminator", above=0)
     disc_layers: int = option(2, "layers of the discriminator", above=0)
 
     # Batches and schedule [C]
     batch: int = option(32, "B, windows of replay and of demos", above=0)
-    length: int = option(50, "L, steps a window", at_least=2)
+    length: int = option(50, "L, window length", at_least=2)
     horizon: int = option(15, "H, imagined steps", above=0)
     pretrain: int = option(1000, "first updates, on the demos alone", at_least=0)
     seed_steps: int = option(5000, "steps before training", at_least=0)
-    train_ratio: float = option(0.4, "updates an environment step", at_least=0)
+    train_ratio: float = option(0.4, "updates per step", at_least=0)
     offline: bool = option(False, "learn from the demos alone")
 
     # Losses and optimizers [C]
@@ -159,10 +159,10 @@ class Config:
     lam: float = option(0.95, "l of TD(lambda) [C]", at_least=0, at_most=1)
     entropy: float = option(1e-4, "weight of the entropy [C]", at_least=0)
     lr: float = option(3e-4, "Adam's learning rate", above=0)
-    disc_lr: float = option(3e-4, "the discriminator's", above=0)
+    disc_lr: float = option(3e-4, "D's learning rate", above=0)
     adam_eps: float = option(1e-5, "Adam's epsilon", above=0)
     clip: float = option(100.0, "largest gradient norm", above=0)
-    weight_decay: float = option(1e-6, "weights shrink by it each step", at_least=0)
+    weight_decay: float = option(1e-6, "shrinkage of weights per step", at_least=0)
     target_every: int = option(100, "updates between target copies", above=0)
 
 PRESETS = {
@@ -173,8 +173,8 @@ PRESETS = {
         disc_units=128, batch=8, length=16, horizon=8, seed_steps=1000, lr=1e-3, disc_lr=5e-4,
         # In a few thousand updates a critic learns the next ten steps, not the next hundred.
         gamma=0.9, target_every=20,
-        # With the paper's sigma a small D is blind to single pixels, and the policy cuts corners;
-        # with a smaller image_std the model sees more of them.
+        # With the paper's sigma a small D misses single pixels, and the policy cuts corners. A
+        # smaller image_std makes the model reconstruct them.
         sigma=0.5, image_std=0.3),
     "debug": dict(
         steps=400, log_every=10, eval_every=200, eval_episodes=2, num_envs=2, num_demos=2,
@@ -192,7 +192,7 @@ ENV_PRESETS = {
     ("baoding", "small"): dict(SIMULATED, batch=10, length=25, steps=28_000),
 }
 
-# What a resumed run may change, and --eval; any other difference is refused.
+# What a resumed run and --eval may change; other differences are refused.
 RESUME_MAY_CHANGE = ("steps", "minutes", "log_every", "eval_every", "eval_episodes", "threads",
                      "graph", "logdir", "demos")
 EVAL_MAY_CHANGE = ("seed", "device", "threads", "num_envs")
@@ -205,7 +205,7 @@ def die(message):
     raise SystemExit(2)
 
 def say(text, stream=None):
-    """Print at once. A terminal that is gone or a full disk does not end a run."""
+    """Print at once. A lost terminal or a full disk must not end a run."""
     stream = stream or sys.stdout
     try:
         print(text, file=stream, flush=True)
@@ -213,7 +213,7 @@ def say(text, stream=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 def state_action_pairs(feat, action):
-    """Turn rows in stored order into the paper's pairs (s_t, a_t). Nothing else does.
+    """Turn rows in stored order into the paper's pairs (s_t, a_t); only this does.
     feat (T, ..., F), action (T, ..., A), where action[t] led to feat[t]
     -> s (T-1, ..., F), a (T-1, ..., A)"""
     return feat[:-1], action[1:]
@@ -276,7 +276,7 @@ class TruncatedNormal:
 # === Networks =====================================================================================
 
 def initialize(module):
-    """Set Glorot-uniform weights and zero biases in place, as the released code's Keras layers."""
+    """Set Glorot-uniform weights and zero biases in place, as Keras does in the released code."""
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.xavier_uniform_(layer.weight)
@@ -324,7 +324,7 @@ class Encoder(nn.Module):
         for i, o in zip(channels, channels[1:]):
             layers += [nn.Conv2d(i, o, 4, 2), nn.ELU(inplace=True)]
         self.layers = nn.Sequential(*layers)
-        self.layers.to(memory_format=torch.channels_last)  # as of to_float
+        self.layers.to(memory_format=torch.channels_last)  # like to_float
         self.size = 32 * depth  # E
 
     def forward(self, image):
@@ -387,7 +387,7 @@ class Critics(EnsembleMLP):
 # === World model [P1]: an RSSM with an ensemble of priors; copy these, they need only torch =======
 
 class State(NamedTuple):
-    """Latent states with any leading shape. mean and std are of the distribution stoch is from."""
+    """Latent states with any leading shape; mean and std belong to stoch's distribution."""
     stoch: torch.Tensor  # (..., S)
     deter: torch.Tensor  # (..., D)
     mean: torch.Tensor   # (..., S)
@@ -415,7 +415,7 @@ class RSSM(nn.Module):
         self.priors = EnsembleMLP(members, deter, hidden, 1, 2 * stoch)
 
     def initial(self, batch):
-        """Return the zero state (batch, ...), before anything is seen."""
+        """Return the zero state (batch, ...), before any observation."""
         stoch = self.gru.weight.new_zeros(batch, self.stoch)
         deter = self.gru.weight.new_zeros(batch, self.deter)
         return State(stoch, deter, stoch, torch.ones_like(stoch))
@@ -432,7 +432,7 @@ class RSSM(nn.Module):
         gates = self.norm(self.gru(torch.cat([x, deter.to(x.dtype)], -1)).float())
         reset, cand, update = gates.chunk(3, -1)
         cand = torch.tanh(torch.sigmoid(reset) * cand)
-        update = torch.sigmoid(update - 1)  # biased to remember
+        update = torch.sigmoid(update - 1)  # biased to keep deter
         return update * cand + (1 - update) * deter
 
     def posterior(self, deter, embed):
@@ -450,8 +450,8 @@ class RSSM(nn.Module):
 
     def observe(self, embed, action):
         """Filter windows: embed (L, B, E), action (L, B, A) -> posterior State (L, B, ...).
-        A window may begin in mid-episode, where neither s_{-1} nor what led to it is known: the
-        scan begins with a zero state and a zero action. Priors do not feed it; see drawn_prior."""
+        A window may begin in mid-episode, where neither s_{-1} nor its past is known: the scan
+        begins with a zero state and a zero action. It uses no prior; see drawn_prior."""
         length, batch = action.shape[:2]
         action = torch.cat([torch.zeros_like(action[:1]), action[1:]])
         states = [self.initial(batch)]
@@ -494,21 +494,21 @@ def world_model_loss(world, image, post, c):
     """[P1]: image (L, B, 3, 64, 64), pixels of to_float; post State (L, B, ...) -> loss, info.
     row t        0         1         2
     post      q(s0|x0)  q(s1|x1)  q(s2|x2)      every row reconstructs its image
-    prior      T_i(s0)   T_j(s1)   T_k(s2)      heads i, j, k drawn anew; deter_t knows a_{t-1}"""
+    prior      T_i(s0)   T_j(s1)   T_k(s2)      heads i, j, k drawn anew; deter_t uses a_{t-1}"""
     difference = world.decoder(post.feat) - image
     error = torch.linalg.vector_norm(difference, dim=(-3, -2, -1))  # (L, B)
     recon = 0.5 * error.square().mean()  # -log p(x|s), unit variance, no constant
     mean, std = world.rssm.drawn_prior(post.deter)
     to_post = kl_normal(post.mean, post.std, mean.detach(), std.detach()).mean()
     to_prior = kl_normal(post.mean.detach(), post.std.detach(), mean, std).mean()
-    free, balance = c.free_nats, c.kl_balance  # the mean is free, not each term
+    free, balance = c.free_nats, c.kl_balance  # free: the mean, not each term
     kl = (1 - balance) * to_post.clamp(min=free) + balance * to_prior.clamp(min=free)
     return recon / c.image_std**2 + kl, {"recon": recon, "kl": to_prior}
 
 # === Imagination, discriminator, reward [P8]-[P10] ================================================
 
 class Dream(NamedTuple):
-    """Imagined rollouts in stored order: action[t] led to feat[t]; the same helper pairs them."""
+    """Imagined rollouts in stored order: action[t] led to feat[t]; state_action_pairs applies."""
     feat: torch.Tensor          # (H+1, N, F)  s_0..s_H; s_0 is a real, replayed state
     action: torch.Tensor        # (H+1, N, A)  the stored action that led to s_0, a_0..a_{H-1}
     last_action: torch.Tensor   # (N, A)       a_H, only for its value
@@ -605,7 +605,7 @@ def clone_loss(actor, feat, action):
     return -actor(s.detach()).log_prob(a).mean()
 
 def target_values(target_critics, dream, reward, c):
-    """Vbar_0 (H+1, N), Vbar (H, N) [W5] of a dream with these rewards (H, N), by the targets."""
+    """Vbar_0 (H+1, N), Vbar (H, N) [W5] of a dream with rewards (H, N), by target critics."""
     with torch.no_grad():
         value = state_values(target_critics, dream, c.target)
         return value, lambda_return(reward, value, c.gamma, c.lam)
@@ -654,7 +654,7 @@ class Optimizer:
     def step(self, grads):
         """Update the network once -> the gradient's norm before clipping. No host sync."""
         for param, grad in zip(self.params, grads):
-            # The fused kernel walks memory: a gradient of another layout would hit other weights.
+            # The fused kernel goes by memory order: another layout would update other weights.
             param.grad = torch.empty_like(param).copy_(grad)
         norm = nn.utils.clip_grad_norm_(self.params, self.clip)
         bad = (~torch.isfinite(norm)).float()
@@ -672,16 +672,16 @@ class Optimizer:
 
     def load_state_dict(self, state):
         self.adam.load_state_dict(state["adam"])
-        for group in self.adam.param_groups:  # it may come from another device
+        for group in self.adam.param_groups:  # state of another device
             group["capturable"] = self.capturable
         self.skipped.copy_(state["skipped"])
         self.skipped_now.copy_(state["skipped_now"])
 
 class Learner(nn.Module):
-    """What every method shares. A subclass assigns its networks, calls set_up(), and has
+    """What methods share. A subclass assigns its networks, calls set_up(), and defines
 
     losses(replay) -> losses, info: the loss of each network to step, by its name, and what to log;
-    clone_losses(replay): the same for the start, on the demonstrations alone;
+    clone_losses(replay): the same for pretraining, on demonstrations alone;
     act(image, carry, sample): as Agent.act."""
     def __init__(self, c):
         super().__init__()
@@ -692,7 +692,7 @@ class Learner(nn.Module):
         self.recorded = {}  # clone or not -> the step that is being repeated
 
     def set_up(self, device, targets=None):
-        """Initialize the networks, with an optimizer each; targets: a network to copy."""
+        """Initialize each network and its optimizer; targets: a network to copy."""
         initialize(self).to(device)
         self.device, self.optimizers = device, {}
         for name, network in self.named_children():
@@ -709,7 +709,7 @@ class Learner(nn.Module):
             die("--reward none needs --offline and a --beta above 0")
 
     def autocast(self):
-        """bfloat16 for convolutions and MLPs; what follows them is cast back to float32."""
+        """Run convolutions and MLPs in bfloat16; cast their outputs back to float32."""
         cuda = self.device.type == "cuda"
         wanted = self.c.precision == "bfloat16" or (cuda and self.c.precision == "auto")
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
@@ -746,7 +746,7 @@ class Learner(nn.Module):
         return low + (action + 1) / 2 * (high - low)
 
     def report(self, replay):
-        """Return what a log line says beside the update's own info."""
+        """Return what to log beside the update's own info."""
         return {"skipped": sum(o.skipped for o in self.optimizers.values())}
 
     def save(self):
@@ -756,14 +756,14 @@ class Learner(nn.Module):
                 "rng": torch.get_rng_state(), "rng_cuda": torch.cuda.get_rng_state_all()}
 
     def load(self, state):
-        """Return to what save() returned; a RuntimeError if it is of other networks."""
+        """Restore what save() returned; raise RuntimeError if the networks differ."""
         self.load_state_dict(state["modules"])
         for name, saved in state["optimizers"].items():
             self.optimizers[name].load_state_dict(saved)
         self.updates = state["updates"]
         torch.set_rng_state(state["rng"])
         torch.cuda.set_rng_state_all(state["rng_cuda"][:torch.cuda.device_count()])
-        self.recorded = {}  # a graph would go on with the tensors of before
+        self.recorded = {}  # a graph would still use the old tensors
 
 # === The agent: acting, and the losses of one update ==============================================
 #
@@ -788,7 +788,7 @@ class Agent(Learner):
     @torch.no_grad()
     def act(self, image, carry=None, sample=True):
         """Filter a frame and act: image (N, 64, 64, 3) uint8 -> action (N, A) float32, carry.
-        carry goes into the next call; it is None at an episode's start. Without `sample` both
+        Pass carry to the next call, None at an episode's start. Without `sample` both
         latent and action are the distributions' modes."""
         image, N = torch.as_tensor(image, device=self.device), len(image)
         rssm = self.world.rssm
@@ -801,7 +801,7 @@ class Agent(Learner):
         return action.cpu().numpy(), (state, action)
 
     def clone_losses(self, replay):
-        """The start: world model and behaviour cloning on its latents -> losses, info."""
+        """Pretraining: world model and cloning on its latents -> losses, info."""
         c = self.c
         image, action = replay.sample_demos(c.batch)  # (L, B, ...)
         image = to_float(image)
@@ -823,7 +823,7 @@ class Agent(Learner):
         expert_image, expert_action = replay.sample_demos(B)  # (L, B, ...)
         image, expert_image = to_float(image), to_float(expert_image)  # (L, B, 3, 64, 64)
         with self.autocast():
-            # World model: one scan over both batches; only the replay's trains it.
+            # World model: one scan over both batches, trained on the replay's.
             embed = world.encoder(image)
             with torch.no_grad():
                 expert_embed = world.encoder(expert_image)
@@ -887,7 +887,7 @@ class Agent(Learner):
             _, spread = self.open_loop(*replay.sample_demos(self.c.batch))
         return {**super().report(replay), "uncertainty_expert": spread.mean()}
 
-# name -> class, and what its configuration changes. experiments/baselines.py adds methods.
+# name -> (class, fields it overrides). experiments/baselines.py adds methods.
 METHODS = {
     "cmil": (Agent, {}),
     "vmail": (Agent, dict(members=1, alpha=0.0, beta=0.0, seed_steps=0)),  # not conservative
@@ -900,9 +900,9 @@ METHODS = {
 class Replay:
     """All episodes, demos first, in two preallocated tensors on the learner's device.
 
-    Rows are in stored order (action[t] led to image[t]). `start_rows` has the rows at which a
-    window of `length` rows within one episode begins. How many there are is a tensor, filled in
-    place: sampling needs no host synchronisation and fits a CUDA graph."""
+    Rows are in stored order (action[t] led to image[t]). `start_rows` lists the rows
+    where a window of `length` rows fits into one episode. Their count is a tensor, filled in
+    place, so that sampling needs no host synchronisation and fits a CUDA graph."""
     def __init__(self, capacity, length, action, device):
         self.length = length
         self.rows, self.windows = 0, 0
@@ -926,7 +926,7 @@ class Replay:
             self.n_demo_starts.fill_(self.windows)
 
     def draw(self, first, end, batch):
-        """Draw windows whose starts are between the numbers `first` and `end` (0-d tensors)."""
+        """Draw windows from start numbers `first` to `end` - 1 (0-d tensors)."""
         u = torch.rand(batch, device=self.start_rows.device)
         index = torch.minimum(first + (u * (end - first)).long(), end - 1)  # if rounded up to end
         rows = self.start_rows[index] + self.offset  # (L, batch)
@@ -946,8 +946,8 @@ class Stop(Exception):
     """A signal or --minutes ends the run."""
 
 class Trainer:
-    """A run. A round is an atom: one episode of every environment and the updates that are due. It
-    ends with a checkpoint, so that a resumed run equals one that was never stopped."""
+    """Train in rounds: one episode per environment, and the updates due. Each round ends with a
+    checkpoint, so that a resumed run equals one that was never stopped."""
     def __init__(self, c):
         self.c, self.folder = c, pathlib.Path(c.logdir)
         device = setup_torch(c)
@@ -976,7 +976,7 @@ class Trainer:
         self.resume()
         write_config(c, {**provenance(), **self.env_info, "update": self.agent.updates})
         if self.agent.updates == 0:
-            self.checkpoint()  # a new run's first: the config is there already
+            self.checkpoint()  # a new run's first, after its config
         say(f"{c.algo} on {c.env}, preset {c.preset}, {self.agent.device}, {self.folder}: "
             f"step {self.step}, update {self.agent.updates}")
 
@@ -990,7 +990,7 @@ class Trainer:
             while self.round < self.rounds:
                 self.with_workers(self.learn_offline if self.c.offline else self.play_round)
                 self.round, self.steps_in_round = self.round + 1, 0
-                self.checkpoint()  # a stop or a crash goes back to here
+                self.checkpoint()  # a resumed run continues from here
                 self.evaluate_if_due()
             say(f"done: {self.folder}; next: python cmil.py --eval {self.folder}")
             return True
@@ -1009,7 +1009,7 @@ class Trainer:
         return self.round * self.per_round + self.steps_in_round
 
     def updates_due(self):
-        """Updates due by now: `pretrain`, then `train_ratio` a step after the seed rounds."""
+        """Updates due by now: `pretrain`, then `train_ratio` per step after seed rounds."""
         learning = max(0, self.step - self.seed_steps)
         return self.c.pretrain + int(learning * self.c.train_ratio + 1e-6)  # against rounding
 
@@ -1024,7 +1024,7 @@ class Trainer:
         self.checkpoint()
 
     def play_round(self):
-        """Play an episode in every environment, in lockstep; the learner works meanwhile."""
+        """Play an episode in every environment, in lockstep, and make the updates due."""
         N, T, A = self.c.num_envs, self.T, self.env_info["action_dim"]
         images = np.zeros((T + 1, N, 64, 64, 3), np.uint8)
         actions = np.zeros((T + 1, N, A), np.float32)  # actions[t] led to images[t]
@@ -1066,8 +1066,8 @@ class Trainer:
                 self.log({**info, **self.agent.report(self.replay)})
         for name, optimizer in self.agent.optimizers.items():
             if self.agent.updates % 10 == 0 and optimizer.skipped_now >= 10:
-                die(f"ten non-finite gradients in a row of the {name} loss, at update "
-                    f"{self.agent.updates}; {self.folder} holds the last good state")
+                die(f"ten non-finite {name} gradients in a row at update {self.agent.updates}; "
+                    f"{self.folder} has the last good state; begin anew with a lower --lr")
 
     def evaluate_if_due(self):
         """Evaluate after pretraining, every `eval_every` steps, and at the end."""
@@ -1079,7 +1079,7 @@ class Trainer:
             self.checkpoint()
 
     def evaluate(self):
-        """Log eval/*: the modes of policy and latent, on environment seeds of their own."""
+        """Log eval/*: modes of policy and latent, on seeds used for nothing else."""
         results, video = rollouts(
             self.agent, self.vec, self.T, self.c.eval_episodes, self.c.seed, EVALUATE,
             sample=False, progress=self.progress, check_stop=self.check_stop)
@@ -1090,21 +1090,21 @@ class Trainer:
         write_gif(self.folder / f"videos/eval-{self.step:07d}.gif", video, self.vec)
 
     def with_workers(self, job):
-        """Run job(). If an environment's process is gone, go back and repeat it with new ones."""
+        """Run job(). If an environment's process dies, go back and repeat with new ones."""
         for _ in range(4):
             try:
                 return job()
             except envs.WORKER_GONE:
                 self.check_stop()  # a scheduler's signal reaches the workers too
                 codes = [process.exitcode for process in self.vec.processes]
-                say(f"an environment's process is gone (exit codes {codes}; -9: killed)")
+                say(f"an environment's process died (exit codes {codes}; -9: killed)")
                 envs.close(self.vec)
                 self.vec = envs.make_vec(self.c.env, self.c.num_envs, **env_options(self.c))
                 self.go_back()
-        die("environments' processes died four times; try fewer --num-envs")
+        die("environments died four times; free memory, or begin anew with fewer --num-envs")
 
     def on_signal(self, number, _):
-        """Ask for a stop. A second signal ends the process at once; no checkpoint suffers."""
+        """Ask for a stop. A second signal ends the process at once; checkpoints are safe."""
         if self.stop_reason:
             os._exit(128 + number)
         self.stop_reason = signal.Signals(number).name
@@ -1117,7 +1117,7 @@ class Trainer:
             raise Stop
 
     def checkpoint(self):
-        """Write the present state, after the metrics; keep the checkpoint before."""
+        """Write the state, after the metrics; keep the previous checkpoint."""
         state = {"agent": self.agent.save(), "round": self.round, "last_eval": self.last_eval,
                  "seconds": time.monotonic() - self.clock, "demos": self.demos_checksum,
                  "metrics_bytes": self.metrics.tell()}
@@ -1126,17 +1126,17 @@ class Trainer:
                          previous=self.folder / "checkpoint.prev.pt")
 
     def go_back(self):
-        """Return to the last checkpoint -> all that it holds, or None."""
+        """Return to the last checkpoint -> its contents, or None."""
         state = load_checkpoint(self.folder, self.agent)
         if state is not None:
-            os.replace(state["path"], self.folder / "checkpoint.pt")  # it may be the one before
+            os.replace(state["path"], self.folder / "checkpoint.pt")  # perhaps the previous one
             self.round, self.steps_in_round = state["round"], 0
             self.last_eval = state["last_eval"]
             cut_log(self.metrics, state["metrics_bytes"])
         return state
 
     def resume(self):
-        """Continue the run that is in the folder, if there is one."""
+        """Continue the folder's run, if there is one."""
         state = self.go_back()
         if state is None and self.metrics.tell():
             die(f"{self.folder} has metrics but no checkpoint; give another --logdir")
@@ -1144,9 +1144,9 @@ class Trainer:
             return
         self.clock -= state["seconds"]
         if state["demos"] != self.demos_checksum:
-            die(f"--demos {self.c.demos}: the run in {self.folder} has other demonstrations")
+            die(f"--demos {self.c.demos}: {self.folder} has other demonstrations; use those")
         if self.round > self.rounds:
-            die(f"--steps {self.c.steps}: the run in {self.folder} has made {self.step}")
+            die(f"--steps {self.c.steps}: {self.folder} has made {self.step}; give more")
         for number in range(0 if self.c.offline else self.round):
             for worker in range(self.c.num_envs):
                 self.replay.add(*read_episode(self.folder, number, worker))
@@ -1160,12 +1160,12 @@ class Trainer:
         self.metrics.flush()
 
 class Progress:
-    """A line every ten seconds: what runs, how far it is, how fast, and how long it will take."""
+    """Print a line every ten seconds: phase, progress, speed, and time left."""
     def __init__(self):
         self.phase, self.shown = "", 0.0
 
     def show(self, phase, done, total):
-        """Say how far a phase is; its rate counts from its first call."""
+        """Show a phase's progress; the rate counts from its start."""
         now = time.monotonic()
         if phase != self.phase:
             self.phase, self.start, self.first, self.shown = phase, now, done, now
@@ -1175,7 +1175,7 @@ class Progress:
         left = (total - done) / rate / 60
         say(f"{phase} {done}/{total}, {rate:.2g} a second, {left:.0f} minutes left", sys.stderr)
 
-# Streams of environment seeds that never meet: training, evaluation while training, --eval.
+# Disjoint streams of environment seeds: training, evaluation while training, --eval.
 TRAIN, EVALUATE, FINAL = 1, 2, 3
 
 def env_seeds(seed, stream, first, count):
@@ -1184,12 +1184,12 @@ def env_seeds(seed, stream, first, count):
     return (numbers[first:] >> 1).tolist()
 
 def env_options(c):
-    """Return what of the config the environment is made from; None: the environment's own."""
+    """Return the config's options for make_env; None: the environment's own."""
     names = "tasks", "episode_steps", "robot_noise_ratio"
     return {name: getattr(c, name) or None for name in names}
 
 def task_metrics(info):
-    """An episode's last info -> its success and the environment's own measures `log/<name>`."""
+    """Return success and the task's measures `log/<name>` of an episode's last info."""
     own = {name[4:]: info[name] for name in info if name.startswith("log/")}
     return {name: np.array(x, float) for name, x in {"success": info["success"], **own}.items()}
 
@@ -1259,7 +1259,7 @@ def provenance():
 
 def write_atomically(path, write, previous=None):
     """Call write(file) on a temporary file, sync it, and rename it to `path`.
-    `previous` is what the file that it replaces is called from then on."""
+    `previous`: the new name for the file that it replaces."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     with open(temporary, "wb") as file:
@@ -1285,14 +1285,14 @@ def read_episode(folder, number, worker):
         die(f"{path} cannot be read ({error}); restore it or begin anew")
 
 def write_gif(path, frames, vec, scale=4):
-    """Write frames uint8 (T, 64, 64, 3) as an endless GIF at the pace of `vec`, enlarged."""
+    """Write frames uint8 (T, 64, 64, 3) as a looping GIF at `vec`'s rate, enlarged."""
     import imageio
     large = list(frames.repeat(scale, 1).repeat(scale, 2))
     pace = {"duration": 1000 / vec.metadata["render_fps"], "loop": 0}
     write_atomically(path, lambda file: imageio.mimsave(file, large, format="GIF", **pace))
 
 def load_checkpoint(folder, agent):
-    """Load a run's newest readable checkpoint into the agent -> all that it holds, or None."""
+    """Load a run's newest readable checkpoint into the agent -> its contents, or None."""
     damaged = []
     for path in (folder / "checkpoint.pt", folder / "checkpoint.prev.pt"):
         if not path.exists():
@@ -1309,7 +1309,7 @@ def load_checkpoint(folder, agent):
         agent.load(state["agent"])
         return {**state, "path": path}
     if damaged:
-        die(f"{'; '.join(damaged)}; remove them to begin anew")
+        die(f"{'; '.join(damaged)}; restore one, or give another folder")
     return None
 
 # === Speed: CUDA graph and memory; skip at first reading ==========================================
@@ -1317,10 +1317,10 @@ def load_checkpoint(folder, agent):
 class CudaGraph:
     """step(replay, clone), recorded as a CUDA graph and then replayed: one launch, not thousands.
 
-    The first calls run as they are. They are real steps, and make what must exist before recording
-    (Adam's moments, libraries' workspaces). Recording itself computes nothing. A replayed step
-    reads and writes the same memory every time, random numbers move on, and the next overwrites
-    what it returned."""
+    The first calls run normally: they are real steps, and create what recording needs (Adam's
+    moments, libraries' workspaces). Recording itself computes nothing. A replayed step uses the
+    same memory every time, draws new random numbers, and overwrites what the last step
+    returned."""
     def __init__(self, step, warm_up=3):
         self.step, self.calls_left, self.graph = step, warm_up, None
         self.stream = torch.cuda.Stream()
@@ -1356,8 +1356,8 @@ def setup_torch(c):
     if c.threads:
         torch.set_num_threads(c.threads)
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc: keep freed memory: it costs time to get
-        libc.mallopt(-4, 0)   # M_MMAP_MAX: no maps of their own for large arrays
+    if hasattr(libc, "mallopt"):  # glibc: keep freed memory; new memory is slow
+        libc.mallopt(-4, 0)   # M_MMAP_MAX: no separate maps for large arrays
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
@@ -1366,7 +1366,7 @@ def setup_torch(c):
 # === Command line =================================================================================
 
 def parse(argv):
-    """The command line -> (dict of the config fields given, namespace of the other options)."""
+    """Parse argv -> (dict of the config fields given, namespace of the other options)."""
     parser = argparse.ArgumentParser(
         prog="cmil.py", allow_abbrev=False,
         description=__doc__.split("\n")[0] + " The defaults are those of --preset paper.")
@@ -1387,12 +1387,12 @@ def parse(argv):
     return explicit, argparse.Namespace(**args)
 
 def flag(name):
-    """The command line's name of a config field."""
+    """Return the flag of a config field."""
     return "--" + name.replace("_", "-")
 
 def make_config(explicit):
-    """The config of the run in the logdir, or defaults < preset < environment < method of a new
-    one; explicit flags come last. What a resumed run cannot change is refused."""
+    """Return the config of the run in logdir or, for a new one, defaults < preset < environment
+    < method; explicit flags win. Refuse what a resumed run cannot change."""
     c = Config(**explicit)
     check_config(c)
     name = f"{c.env}-{c.algo}-s{c.seed}".replace("/", "-").replace(":", "-")
@@ -1411,14 +1411,14 @@ def make_config(explicit):
     differ = [f"{flag(name)} {value} (the run's: {stored[name]})" for name, value in given.items()
               if stored and name not in RESUME_MAY_CHANGE and value != stored[name]]
     if differ:
-        die(f"{logdir} has another {', '.join(differ)}; give another --logdir")
+        die(f"{logdir}: cannot change {', '.join(differ)}; give another --logdir")
     c = Config(**{**base, **given, "logdir": str(logdir)})
     check_config(c)
     METHODS[c.algo][0].check(c)
     return c
 
 def read_config(run):
-    """Return what a run's config.json holds, its config checked; None where there is none."""
+    """Return a run's config.json, with its config checked; None if there is none."""
     path = pathlib.Path(run) / "config.json"
     if not path.exists():
         if path.with_name("checkpoint.pt").exists():
@@ -1429,11 +1429,11 @@ def read_config(run):
         c = Config(**stored["config"])
         check_config(c)
     except (ValueError, KeyError, TypeError):
-        die(f"{path} is not of a run of this version; give another folder")
+        die(f"{path} is damaged or of another version; give another folder")
     return {**stored, "config": dataclasses.asdict(c)}
 
 def check_config(c):
-    """Refuse an unknown method, and values outside their choices or bounds, with one line."""
+    """Refuse an unknown method, and values outside their choices or bounds, in one line."""
     if c.algo not in METHODS:
         die(f"--algo {c.algo}: cmil.py has {', '.join(METHODS)}; for bc, ditto and pdac run "
             f"python experiments/baselines.py --algo {c.algo}")
@@ -1448,10 +1448,10 @@ def check_config(c):
             die(f"{flag(field.name)} {value}: expected {', '.join(told)}")
 
 def load_policy(run, **changes):
-    """Load the trained agent of a run's folder; torch and numpy suffice. At every frame:
+    """Load a run's trained agent; torch and numpy suffice. At every frame:
 
         action, carry = agent.act(image[None], carry, sample=False)  # image (64, 64, 3) uint8
-        action = agent.in_env_units(action[0])  # until here in [-1, 1]
+        action = agent.in_env_units(action[0])  # before: in [-1, 1]
 
     carry is None at an episode's start. changes: fields of EVAL_MAY_CHANGE."""
     stored = read_config(run)
@@ -1464,7 +1464,7 @@ def load_policy(run, **changes):
     agent = METHODS[c.algo][0](c, stored["action_dim"], setup_torch(c))
     agent.bounds = np.array(stored["action_low"]), np.array(stored["action_high"])
     if load_checkpoint(pathlib.Path(run), agent) is None:
-        die(f"{run}: the run has not written a checkpoint.pt yet")
+        die(f"{run} has no checkpoint.pt yet; train it first")
     return agent
 
 def evaluate_run(run, episodes, video, changes):

@@ -3,9 +3,9 @@
     episodes = load_demos("", "kitchen")                        the environment's own
     episodes = load_demos("reacher.npz", "Reacher-v5", n=10)    a file, a folder, "minari:DATASET"
 
-A STATE file (demos/kitchen.npz) holds positions and actions, and is drawn here. A PIXEL file holds
-images and actions in one of two orders, told apart by their numbers. demos/README.md describes
-them. What comes out is always
+A STATE file (demos/kitchen.npz) holds positions and actions; load_demos draws it. A PIXEL file
+holds images and actions in one of two orders, as their numbers show. demos/README.md describes
+both. The result is always
 
     row t     0     1     2    ...   T
     image    x0 -> x1 -> x2   ...   xT     (T+1, 64, 64, 3) uint8
@@ -27,8 +27,8 @@ def load_demos(path, name, n=0, min_steps=1, **options):
     success (bool, or None if not known).
 
     path: a file, a folder of files, "minari:DATASET", or "" for the environment's own. n: how many
-    (0: all). options: as for make_env. Raises UserError, naming the file, for bad input and for an
-    episode of fewer than `min_steps` steps. Prints one line for what is guessed or lost."""
+    (0: all). options: as for make_env. Raise UserError, naming the file, for bad input and for an
+    episode of fewer than `min_steps` steps. Print a line for what is guessed or lost."""
     path = path or Path(__file__).parent / "demos" / f"{name}.npz"
     episodes = []
     notes = []
@@ -42,7 +42,7 @@ def load_demos(path, name, n=0, min_steps=1, **options):
             except envs.UserError as error:
                 raise envs.UserError(f"{source}: {error}") from error
     count = len(episodes)
-    _expect(count >= n, f"{path}: holds {count} demonstrations: {n} were asked for")
+    _expect(count >= n, f"{path}: holds {count} demonstrations: --num-demos is {n}")
     steps = min(len(episode["action"]) for episode in episodes) - 1
     found = f"{path}: an episode has {steps} steps"
     _expect(steps >= min_steps, f"{found}: expected {min_steps} or more")
@@ -85,18 +85,18 @@ def _read_npz(file):
             wanted = STATE_KEYS if "qpos" in stored.files else ("image", "action")
             missing = [key for key in wanted if key not in stored.files]
             known = (*wanted, "episode_ends", "terminated")
-            if stored.zip.testzip():  # numpy misses some damages
+            if stored.zip.testzip():  # numpy misses some damage
                 raise ValueError("checksum")
             arrays = {key: stored[key] for key in known if key in stored.files}
-    except Exception as error:  # of as many kinds as a file can be damaged
+    except Exception as error:  # damaged files raise many kinds
         text = " ".join(str(error).split())
         raise envs.UserError(f"not a readable .npz file ({text})") from error
     _expect(not missing, f"has no {', '.join(missing)}: expected {', '.join(wanted)}")
     return arrays
 
 def _in_bounds(action, low, high):
-    """Return actions as float64 if they are finite and within their bounds, but for rounding."""
-    _expect(np.isfinite(action).all(), "action has NaN or infinite entries")
+    """Return actions as float64 if they are finite and within their bounds, up to rounding."""
+    _expect(np.isfinite(action).all(), "action has NaN or infinity: fix it")
     low = np.broadcast_to(low, action.shape)
     high = np.broadcast_to(high, action.shape)
     outside = np.maximum(low - action, action - high) / (high - low)
@@ -123,7 +123,7 @@ def _state_episodes(arrays, env, name, limit, notes):
     good = good and action.shape == (len(qpos), qpos.shape[1] - 1, env.action_dim)
     found = f"{_form('qpos', qpos)} and {_form('action', action)}"
     _expect(good, f"{found}: expected floats (N, T+1, {nq}) and (N, T, {env.action_dim})")
-    _expect(np.isfinite(qpos).all(), "qpos has NaN or infinite entries")
+    _expect(np.isfinite(qpos).all(), "qpos has NaN or infinity: fix it")
     qpos = qpos[:limit, : env.episode_steps + 1]
     action = _in_bounds(action, -1, 1)[:limit]
     if isinstance(env, envs.Simulated):
@@ -209,7 +209,7 @@ def _pixel_episode(env, image, action, terminated, notes):
                 "and give the environment's own units")
         action = _in_bounds(action[1:], -1, 1)
         if (low != -1).any() or (high != 1).any():
-            notes.append("are in Dreamer's order: actions are read as shares of the bounds")
+            notes.append("are in Dreamer's order: actions are read as scaled to [-1, 1]")
     else:
         action = _in_bounds(action, low, high)
         action = (action - (low + high) / 2) / ((high - low) / 2)
@@ -225,12 +225,12 @@ def _pixel_episode(env, image, action, terminated, notes):
 def _fit(image, action, ended, success, env, notes):
     """Fit images (t+1, 64, 64, 3) and actions (t, A) to the environment's length T.
     An episode that the environment `ended` goes on as Generic continues one: with its last frame
-    and no action. What a shorter recording did not see stays unseen."""
+    and no action. A shorter recording stays short."""
     steps = env.episode_steps
     if len(action) > steps and success is None:
-        notes.append(f"are cut to {steps} steps, and perhaps lose their success")
+        notes.append(f"are cut to {steps} steps, and may lose their success")
     if len(action) < steps and not ended:
-        notes.append(f"stop before step {steps}: the rest is seen only from the policy")
+        notes.append(f"stop before step {steps}: only the policy shows the rest")
     action = np.pad(action[:steps], ((1, 0), (0, 0)))
     missing = steps + 1 - len(action)
     if missing and ended:

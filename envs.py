@@ -6,10 +6,10 @@
     vec = make_vec("kitchen", 5)        five of them, each in a process of its own
 
 All environments are FIXED-LENGTH: an episode has T steps, whatever happens in it. An episode that
-ended at success or failure would tell adversarial imitation how long an expert's episode is, and
-that is a reward by itself. `info` has `success` (bool), `padded` (bool: the episode was over before
+ended at success or failure would show the discriminator how long an expert's is, and that is a
+reward by itself. `info` has `success` (bool), `padded` (bool: the episode was over before
 this step) and an environment's own measures as `log/<name>` (float). This file never imports torch,
-and mujoco only when an environment needs it: MUJOCO_GL must be chosen before.
+and mujoco only when an environment needs it: MUJOCO_GL must be set before.
 """
 import atexit
 import contextlib
@@ -40,10 +40,10 @@ class UserError(ValueError):
 class PixelEnv(gym.Env):
     """Give an environment pixels, checked actions and episodes of exactly T steps.
 
-    A subclass writes `_reset(seed)` and `_step(action)`, which returns the task's own reward, and
-    notes in `completed` which of its `tasks` are done: all of them are a success. Demonstrations
-    are stored as positions, so it also has `qpos`, the present ones (nq,); `draw(qpos)`, a picture
-    of any; and `tasks_in(qpos)`, the tasks that an episode with the rows (T+1, nq) completes."""
+    A subclass defines `_reset(seed)` and `_step(action)`, which returns the task's own reward and
+    lists in `completed` which `tasks` are done; success is all of them. As demonstrations store
+    positions, it also defines `qpos`, the current ones (nq,); `draw(qpos)`, a picture of any; and
+    `tasks_in(qpos)`, the tasks that an episode of positions (T+1, nq) completes."""
     metadata = {"render_modes": ["rgb_array"], "render_fps": 12}
     render_mode = "rgb_array"
     gl_renderer = ""  # which OpenGL draws
@@ -61,7 +61,7 @@ class PixelEnv(gym.Env):
         self._t = episode_steps  # no step before the first reset
 
     def reset(self, *, seed=None, options=None):
-        """Start an episode -> image (64, 64, 3) uint8, info. The seed decides all of it."""
+        """Start an episode -> image (64, 64, 3) uint8, info. The seed fixes all of it."""
         super().reset(seed=seed)
         self._t = 0
         self.completed = []
@@ -122,8 +122,8 @@ class Point(PixelEnv):
     """Move a point robot through a gap and to the goal, without touching a wall.
 
     Two actions push along x and y. The robot has inertia, so one frame does not show its velocity.
-    A wall stops the robot and fails the episode, which goes on. Success is final: at the goal, and
-    no touch before. qpos: x, y and whether a wall was touched."""
+    A wall stops the robot and fails the episode, which goes on. Success is final: goal reached,
+    no wall touched. qpos: x, y and whether a wall was touched."""
     def __init__(self, episode_steps=None):
         super().__init__(2, episode_steps or 50)
         self._room = np.full((IMAGE, IMAGE, 3), (170, 174, 186), np.uint8)
@@ -175,16 +175,16 @@ class Point(PixelEnv):
 
 # === Rendering ====================================================================================
 # `Simulated.draw` draws the agent's frames and the demonstrations alike: a discriminator would soon
-# separate two renderers, and learn that instead of the task. What makes it fast without a GPU: no
-# shadow maps, reflections or multisampling, and shapes no finer than 64 pixels can show.
+# separate two renderers, and learn that instead of the task. To be fast without a GPU, it leaves
+# out shadow maps, reflections, multisampling, and detail too fine for 64 pixels.
 
 FINE_MESH = 2000  # only meshes of more faces are simplified
 GL_TIMEOUT = 60  # seconds after which the trial of an OpenGL library has failed
 
 @functools.cache
 def choose_gl(required=True):
-    """Unless it is set, set MUJOCO_GL to EGL or else OSMesa. UserError if `required` and all fail.
-    Each is tried in a process of its own: one that fails to load spoils this for the next."""
+    """Set MUJOCO_GL, if unset, to EGL or else OSMesa. Raise UserError if `required` and all fail.
+    Each is tried in its own process: a failed load would spoil this process for the next."""
     given = os.environ.get("MUJOCO_GL")
     worker = multiprocessing.current_process().daemon
     if not sys.platform.startswith("linux") or (given and (worker or not required)):
@@ -203,7 +203,7 @@ def choose_gl(required=True):
             os.environ["MUJOCO_GL"] = backend
             return
         except subprocess.SubprocessError as error:
-            # What follows the traceback comes from objects that were never finished.
+            # Errors after the traceback come from half-made objects.
             words = str(error.stderr or error).split("Exception ignored")[0].strip()
             reasons.append(words.split("\n")[-1])
     if required:
@@ -235,8 +235,8 @@ def resize(images):
 
 def simplify_meshes(model, cell):
     """Merge corners within cubes of `cell` metres, in place, in large meshes without a texture.
-    The first corner of a cube stands for all; faces that lose their area this way, and second
-    copies of a face, go. (The robot's links have 134,000 of the kitchen's 140,000 faces.)"""
+    The first corner of a cube replaces all others; faces without area and duplicate faces are
+    removed. (The robot's links have 134,000 of the kitchen's 140,000 faces.)"""
     for mesh in np.flatnonzero((model.mesh_facenum > FINE_MESH) & (model.mesh_texcoordadr < 0)):
         faces = model.mesh_faceadr[mesh] + np.arange(model.mesh_facenum[mesh])
         corners = model.mesh_vertadr[mesh] + np.arange(model.mesh_vertnum[mesh])
@@ -289,7 +289,7 @@ class Simulated(PixelEnv):
         self._camera = camera = mujoco.MjvCamera()
         camera.azimuth = 90
         camera.distance, camera.lookat, camera.elevation = self.CAMERA
-        atexit.register(self.close)  # after the OpenGL library's own handler: it runs before that
+        atexit.register(self.close)  # registered after the OpenGL library's handler: runs first
         return renderer
 
     @property
@@ -302,7 +302,7 @@ class Simulated(PixelEnv):
     def close(self):
         """Free the renderer; a later draw makes another."""
         if "_renderer" in vars(self):
-            self._renderer.render()  # makes its context the current one: the one that is freed
+            self._renderer.render()  # makes current the context to be freed
             self._renderer.close()
             del self._renderer
             atexit.unregister(self.close)
@@ -310,7 +310,7 @@ class Simulated(PixelEnv):
 # === Kitchen ======================================================================================
 
 def _import_robotics():
-    """Register FrankaKitchen-v1. Raises UserError without mujoco or a way to render."""
+    """Register FrankaKitchen-v1. Raise UserError without mujoco or a way to render."""
     for package in ("mujoco", "gymnasium_robotics"):
         if not importlib.util.find_spec(package):
             raise UserError(f"{package} is not installed: pip install -r requirements.txt")
@@ -321,11 +321,11 @@ def _import_robotics():
     return gymnasium_robotics
 
 class Kitchen(Simulated):
-    """Use FrankaKitchen-v1 through pixels: nine joint velocities, four tasks, 280 steps of 0.08 s.
+    """Show FrankaKitchen-v1 in pixels: nine joint velocities, four tasks, 280 steps of 0.08 s.
 
-    tasks: "microwave+kettle" and so on; None means all four. With a single task an episode has 75
-    steps. A task is completed when its joints are within 0.3 of its goal at some step. Success: all
-    chosen tasks were completed. Reward: how many are so now. `log/tasks`: how many were so far.
+    tasks: "microwave+kettle" and so on; None: all four. With one task an episode has 75 steps.
+    A task is completed once its joints are within 0.3 of its goal. Success: all chosen tasks are
+    completed. Reward: the number within 0.3 now. `log/tasks`: the number completed so far.
     robot_noise_ratio: noise of the measured joints, which enters the servo (the authors': 0.1)."""
     TASKS = ("microwave", "kettle", "light switch", "slide cabinet")
     CAMERA = (1.86, (-0.3, 0.5, 2.0), -60)
@@ -363,7 +363,7 @@ class Kitchen(Simulated):
 
     def draw(self, qpos):
         # The lamp in the oven's hood always burns, behind a block that the light switch slides
-        # away. Without shadows a block hides nothing, so the lamp itself is switched instead.
+        # away. Without shadows a block hides nothing, so this switches the lamp itself.
         block = qpos[self.model.joint("light_joint").qposadr[0]]
         self._renderer.model.light("ovenlight").active = np.float32(block) <= self.LAMP_FREE
         return super().draw(qpos)
@@ -418,8 +418,8 @@ def baoding_model():
     mount = spec.body("robot0:hand mount")
     mount.pos = (0, -0.4, 0.2)
     mount.alt.euler = (-np.pi / 2, 0, 0)  # palm up
-    # Only tendons that couple a finger's last two joints count; touch sensors are not used; forearm
-    # and wrist touch nothing here. Without them a step costs half.
+    # Deleting what has no effect halves a step's cost: touch sensors, forearm, wrist, and all
+    # tendons but those that couple a finger's last two joints.
     unused = [tendon for tendon in spec.tendons if not tendon.name.endswith("J1c")]
     unused += [site for site in spec.sites if site.name.startswith("robot0:Tch")]
     unused += [*spec.sensors, spec.geom("robot0:C_forearm"), spec.geom("robot0:C_wrist")]
@@ -435,9 +435,9 @@ class Baoding(Simulated):
 
     Each ball has an invisible target on an ellipse above the palm. The targets start at the angle
     of the line through the balls (some 23 mm away) and go round clockwise, seen from above, once in
-    60 steps. Success, known at the end: no ball was dropped, the pair turned by at least 88% of
+    60 steps. Success, at the end: no ball was dropped, the pair turned by at least 88% of
     what was commanded (1.1 turns in 75 steps), and balls were at most 20 mm from their targets on
-    average. Reward: 1 where both balls are within 25 mm of their targets and none was dropped.
+    average. Reward: 1 if both balls are within 25 mm of their targets and none was dropped.
 
     `log/rotation`: net turns in the commanded direction, up to a drop; `log/error`: mean distance
     of balls and targets so far, seen from above (m, at most 0.1 each); `log/dropped`: 0 or 1."""
@@ -447,16 +447,16 @@ class Baoding(Simulated):
     MESH = 0.0015
     ROUND = (16, 10, 1)
     SUBSTEPS = 20  # of 0.005 s
-    PERIOD = 60  # steps in which the targets go round
+    PERIOD = 60  # steps per turn of the targets
     CENTRE = np.array([0.005, -0.005])  # of the ellipse: m, x and y
     AXES = np.array([0.02, 0.036])
     TURNED = 0.88  # success: share of the commanded turns
     NEAR = 0.020  # success: m, mean error
     CLOSE = 0.025  # reward: m, error of a step
     DROPPED = 0.10  # m: a ball whose centre is below this has left the hand
-    LOST = 0.1  # m: no distance to a target counts as more
-    NOISE = 0.05  # std of what is added to an action: a blind replay seldom succeeds
-    REACH = 0.9  # action +-1 goes so far from the pose towards the joint's limit
+    LOST = 0.1  # m: cap on the distance to a target
+    NOISE = 0.05  # std of action noise: a blind replay seldom succeeds
+    REACH = 0.9  # action +-1 goes this share of the way from pose to limit
 
     def __init__(self, episode_steps=None):
         super().__init__(20, episode_steps or 75)
@@ -496,7 +496,7 @@ class Baoding(Simulated):
         mujoco.mj_step(self.model, self.data, self.SUBSTEPS)
 
     def _reset(self, seed):
-        """Start widely: settling would undo noise on the joints, so a random action holds them."""
+        """Vary the start by a random action: settling would undo noise on the joints."""
         import mujoco
         rng = self.np_random
         qpos = self.data.qpos
@@ -511,7 +511,7 @@ class Baoding(Simulated):
         self._begin(qpos)
 
     def _begin(self, qpos):
-        """Start the account of an episode, with the targets at the angle of the balls' line."""
+        """Reset the measures of an episode, and put the targets at the balls' angle."""
         balls = self.balls_in(qpos)[:, :2]  # (2, 2)
         self._line = balls[0] - balls[1]
         x, y = self._line / self.AXES
@@ -521,7 +521,7 @@ class Baoding(Simulated):
         self._dropped = False
 
     def _follow(self, qpos):
-        """Account for the positions (nq,) after a step -> (2,) distances to the targets, m."""
+        """Measure the positions (nq,) after a step -> (2,) distances to the targets, m."""
         balls = self.balls_in(qpos)
         line = balls[0, :2] - balls[1, :2]
         x, y = self._line
@@ -576,7 +576,7 @@ class Generic(PixelEnv):
             raise UserError(f"{name} has no episode length of its own: give episode_steps")
         box = inner.action_space
         if not (isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and box.is_bounded()):
-            raise UserError(f"{name} has actions {box}: only a bounded Box with one axis will do")
+            raise UserError(f"{name} has actions {box}: expected a bounded Box with one axis")
         super().__init__(box.shape[0], steps)
         self.action_low = box.low.tolist()
         self.action_high = box.high.tolist()
@@ -631,7 +631,7 @@ def _make_inner(name, episode_steps):
         if not _is_picture(env.observation_space):
             env.close()
             env = gym.make(name, render_mode="rgb_array", **limit)
-        _picture(env, env.reset(seed=0)[0])  # a missing renderer shows at once
+        _picture(env, env.reset(seed=0)[0])  # fail at once without a renderer
         return env
     except (gym.error.Error, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -642,12 +642,12 @@ def _make_inner(name, episode_steps):
 # === Making environments ==========================================================================
 
 BUILT_IN = {"kitchen": Kitchen, "baoding": Baoding, "point": Point}
-WORKER_GONE = (EOFError, ConnectionError, multiprocessing.TimeoutError)  # killed, or it hangs
+WORKER_GONE = (EOFError, ConnectionError, multiprocessing.TimeoutError)  # killed, or hanging
 
 def make_env(name, **options):
     """Make an environment: "kitchen", "baoding", "point", a Gymnasium id or "module:Id".
     options: `episode_steps` (int); the kitchen's `tasks` ("microwave+kettle") and
-    `robot_noise_ratio`. None means the environment's own. Refuses what does not apply."""
+    `robot_noise_ratio`. None means the environment's own. Refuse what does not apply."""
     made = BUILT_IN.get(name) or functools.partial(Generic, name)
     known = [key for key in inspect.signature(made).parameters if key != "name"]
     options = {key: value for key, value in options.items() if value is not None}
@@ -679,7 +679,7 @@ def make_vec(name, n, **options):
     return AsyncVectorEnv(makers, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
 
 def close(vec):
-    """End the environments of make_vec at once and for certain, also a worker that hangs."""
+    """End the environments of make_vec at once, even if a worker hangs."""
     for process in getattr(vec, "processes", ()):
         process.kill()
     vec._state = AsyncState.DEFAULT  # or AsyncVectorEnv waits for a pending call, and warns

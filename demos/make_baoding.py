@@ -3,18 +3,18 @@
     python demos/make_baoding.py --n 20 --seed 0 --out demos/baoding.npz
 
 The expert is model-predictive path integral control, MPPI (Williams et al. 2017), on the simulator
-itself: at each step it tries N noisy variations of its plan for the next H steps, and its new plan
-is their mean, weighted by exp(-cost / temperature); it executes the plan's first action.
+itself. At each step it tries N noisy variations of its plan for the next H steps. Its new plan is
+their mean, weighted by exp(-cost / temperature). It executes the plan's first action.
 
     plan      a_t  a_t+1 ... a_t+H-1      N variations: noise that is correlated along the horizon
     cost           c_t+1 ... c_t+H        mean over the horizon, the last one twice
     new plan  sum_n w_n a(n)              then shifted by one step: it starts the next search
 
-Unguided, this finds a way to turn the balls, with rough actions, in some episodes (stage 1). An
-episode that succeeded is then a REFERENCE for easier searches: the plan is pulled to it, so fewer
-samples do, and deviation and roughness cost something. Six guided episodes, averaged and smoothed,
-are a smoother reference (stages 2 and 3) for the demonstrations (stage 4). Smoothing what was
-executed would drop the balls: all smoothness comes from inside the search.
+Unguided, this search turns the balls in some episodes, with rough actions (stage 1). A successful
+episode is then the REFERENCE of easier searches: the plan is pulled towards it, so fewer samples
+suffice, and deviation and roughness add to the cost. Six guided episodes, averaged and smoothed,
+make a smoother reference (stages 2 and 3) for the demonstrations (stage 4). Smoothing the executed
+actions would drop the balls: all smoothness comes from the search.
 
 The file holds simulator states and actions, no pixels: see demos/README.md. Units: m, rad, steps of
 0.1 s. World frame: the palm looks up (+z), the fingers point along +y, the thumb is at +x.
@@ -35,12 +35,12 @@ TEMPERATURE = (0.1, 0.5)  # half of what the best tenth of the costs spans
 
 @dataclass
 class Search:
-    """Say how hard to look. Costs are those of a step, beside distances in units of 2 cm."""
+    """Set up a search. Costs are per step; a distance of 2 cm costs 1."""
 
     samples: int = 128
     horizon: int = 8
     sigma: float = 0.5  # std of an action's noise
-    pull: float = 0.0  # the plan moves so far towards the reference
+    pull: float = 0.0  # share of the way from plan to reference
     near: float = 0.0  # weight of the squared deviation from it
     smooth: float = 0.0  # weight of the squared change of action
 
@@ -66,7 +66,7 @@ class Expert:
             self.plan[:] = self.ahead(0)
 
     def ahead(self, t):
-        """Return the reference for the plan's steps: (H, 20); its last action goes on for ever."""
+        """Return the reference for the plan's steps: (H, 20); its last action repeats."""
         rows = np.arange(t, t + self.search.horizon)
         return self.reference[np.minimum(rows, len(self.reference) - 1)]
 
@@ -87,7 +87,7 @@ class Expert:
         return action
 
     def noise(self):
-        """Draw (N, H, 20), correlated along H, each sample of a scale of its own, the first 0."""
+        """Draw (N, H, 20), correlated along H; each sample has its own scale, the first 0."""
         s = self.search
         fresh = self.rng.normal(size=(s.samples, s.horizon, self.env.action_dim))
         for h in range(1, s.horizon):
@@ -111,7 +111,7 @@ class Expert:
         return env.balls_in(qpos)
 
     def cost(self, t, plans, balls):
-        """Return what plans (N, H, 20) cost that bring the balls to (N, H, 2, 3): (N,)."""
+        """Return the costs (N,) of plans (N, H, 20) with balls at (N, H, 2, 3)."""
         search = self.search
         target = self.env.targets(t + 1 + np.arange(search.horizon))  # (H, 2, 2)
         distance = np.linalg.norm(balls[..., :2] - target, axis=-1).sum(-1)  # (N, H)
@@ -168,7 +168,7 @@ def collect(env, pool, n, seed, search, reference=None):
     while len(demos) < n:
         if tries >= 10 + 3 * n:
             failures = tries - len(demos)
-            fail(f"{failures} of {tries} attempts failed: are these requirements.txt's versions?")
+            fail(f"{failures} of {tries} attempts failed: install requirements.txt's versions")
         began = time.time()
         demo, info = episode(env, seed + tries, search, pool, reference)
         print(
@@ -197,7 +197,7 @@ def make_reference(env, pool, seed):
 
 
 def main():
-    args = arguments("baoding", 20, threads=(os.cpu_count(), "of the simulator"))
+    args = arguments("baoding", 20, threads=(os.cpu_count(), "threads to use"))
     began = time.time()
     env = undrawn("baoding")
     pool = Pool(env.model, args.threads)

@@ -3,7 +3,7 @@
     python demos/make_kitchen.py --n 10 --seed 0 --out demos/kitchen.npz
 
 The robot opens the microwave, carries the kettle to the back burner, switches the light on, slides
-the cabinet open and parks. It is a list of PHASES, walked by a closed-loop controller (Expert):
+the cabinet open and parks. A closed-loop controller (Expert) walks through a list of PHASES:
 
     J phases   straight in joint space to a KEY_POSE (transits through free space)
     C phases   the tool follows a target that is computed from the objects as they are NOW, by
@@ -11,9 +11,9 @@ the cabinet open and parks. It is a list of PHASES, walked by a closed-loop cont
     a phase ends when its own condition holds or its time is up; the last phase of each task
     checks the object itself and, if the task is not done, jumps back to that task's first phase
 
-Why the actions look as they do (Expert.servo): the kitchen's "velocity" actions are targets of a
-weak position servo, which restarts from the measured joints at every step. The arm only covers a
-fraction of the distance it is asked for, and sags under its own weight, unless both are inverted.
+Expert.servo corrects the actions. The kitchen's "velocity" actions are targets of a weak position
+servo, which restarts from the measured joints at every step. Uncorrected, the arm covers only a
+fraction of the commanded distance and sags under its own weight.
 
 The file holds simulator states and actions, no pixels: see demos/README.md. Units: m, rad, steps
 of 0.08 s. World frame: x to the right, y into the kitchen, z up; the robot's base is (0, 0, 1.8).
@@ -58,14 +58,14 @@ MAX_RETRIES = 3  # for each task; they use half the jitter
 
 # ---- the task ---------------------------------------------------------------------------------
 DEADLINE = 250  # all four tasks must be done by this step, and still be at the end
-LIGHT = 17  # where qpos has their state
+LIGHT = 17  # indices in qpos
 SLIDE = 19
 MICROWAVE = 22
 KETTLE = slice(23, 26)
 
-# Seven joint angles where each stage happens. They were found once: about 200 collision-free IK
-# solutions for each waypoint, then the path through them (Viterbi) with the shortest joint travel
-# at full speed plus a penalty near the limits. So successive poses share one elbow branch.
+# Seven joint angles for each stage, found once: of about 200 collision-free IK solutions for each
+# waypoint, the path (Viterbi) with the shortest joint travel at full speed plus a penalty near
+# the limits. Successive poses therefore share one elbow branch.
 KEY_POSES = {
     "mw_pre":   (-0.877, -1.718, 1.875, -1.836, -0.571, 1.368, 2.149),
     "mw_in":    (-1.292, -1.735, 1.818, -1.422, -0.612, 1.360, 2.148),
@@ -121,8 +121,8 @@ def shorten(v, length):
 class Scene:
     """Robot and objects at the environment's present qpos.
 
-    Kinematics run on a private mjData, so that looking cannot disturb the physics: the recorded
-    actions alone must bring the same states back, bit for bit.
+    Kinematics run on a private mjData, so that they cannot disturb the physics: the recorded
+    actions alone must reproduce the states, bit for bit.
     """
 
     def __init__(self, model):
@@ -132,7 +132,7 @@ class Scene:
         self.hand_body = int(model.site_bodyid[self.hand])
 
     def see(self, qpos):
-        """Look at the environment's present positions."""
+        """Read the environment's current positions."""
         self.qpos = qpos.copy()
         self.q = qpos[ARM].copy()
         self.tool, self.R, _ = self.forward(self.q)
@@ -191,7 +191,7 @@ class Scene:
     def hook(self):
         """Return the hand's rotation while it pulls: against the door's.
 
-        So the left finger hooks behind the handle. A hand that turns with the door slips off after
+        The left finger then hooks behind the handle. A hand that turns with the door slips off at
         0.33 rad.
         """
         return rot_z(-0.4 * self.qpos[MICROWAVE])
@@ -244,7 +244,7 @@ PHASES = [
     Phase("mw_pull", OPEN, 2, Scene.pull_point, contact=True),
     Phase("mw_out", OPEN, 20, near=0.12),
     # Kettle: scooped, not grasped. Half-open fingers go under the handle between its posts, and
-    # the hand is pitched up a little. Pushing it instead turns it, and the goal is lost later.
+    # the hand is pitched up a little. Pushing would turn the kettle, and lose the goal later.
     Phase("kt_pre", HALF, 30, near=0.06),
     Phase("kt_in", HALF, 20, lambda s: s.kettle + (0, 0.015, 0.178), near=0.015, contact=True),
     Phase("kt_lift", HALF, 12, lambda s: np.array([s.tool[0], s.kettle[1] + 0.015, 1.869]),
@@ -278,7 +278,7 @@ class Expert:
         self.scene = scene
         self.rng = rng
         self.cap = MAX_STEP * rng.uniform(*SPEED)  # rad a step, this episode's speed limit
-        self.retries = {}  # task prefix -> times it was begun again
+        self.retries = {}  # task prefix -> number of retries
         self.enter(0)
 
     def enter(self, i):
@@ -327,7 +327,7 @@ class Expert:
         return self.servo(qpos, wanted - self.scene.q, gravity)
 
     def reach(self):
-        """Return joints a carrot's length on the way to the target, in C phases."""
+        """Return joints at most CARROT nearer to a C phase's target."""
         scene = self.scene
         turn = self.phase.turn
         R_key = scene.forward(self.key)[1]
@@ -382,7 +382,7 @@ def main():
     while len(demos) < args.n:
         if tries >= 10 + 2 * args.n:
             failures = tries - len(demos)
-            fail(f"{failures} of {tries} attempts failed: are these requirements.txt's versions?")
+            fail(f"{failures} of {tries} attempts failed: install requirements.txt's versions")
         seed = args.seed + tries
         tries += 1
         demo, done = expert_episode(env, scene, seed)

@@ -2,8 +2,8 @@
 
     python demos/make_point.py --n 10 --seed 0 --out demos/point.npz
 
-It steers to the next way point: before the gap, behind the gap, the goal. An episode has a speed of
-its own; only episodes that succeed are kept. The example to follow for an expert of one's own.
+It steers to the next way point: before the gap, behind the gap, the goal. Each episode has its own
+speed; only successful ones are kept. Follow this example for an expert of your own.
 """
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from recording import arguments, fail, roll, save, undrawn  # noqa: E402  beside
 import envs  # noqa: E402  one folder up
 
 SPEED = (0.7, 0.9)  # of the top speed, one draw an episode
-MARGIN = 8.0  # pixels: it lines up with a gap this far before and after the wall's centre
+MARGIN = 8.0  # pixels from the wall's centre to the way points before and behind the gap
 
 
 def waypoint(position):
@@ -34,7 +34,7 @@ def waypoint(position):
 def expert(env, speed):
     """Return the action (2,) in the present state of Point. speed: pixels a step.
 
-    It looks at position and velocity only, so it can be asked in any state.
+    It depends only on position and velocity, so any state will do.
     """
     offset = waypoint(env.position) - env.position
     distance = np.hypot(*offset)

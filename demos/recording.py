@@ -43,7 +43,7 @@ def arguments(name, n, **more):
 
 
 def undrawn(name):
-    """Make an environment that draws nothing, to save the time."""
+    """Make an environment that draws nothing, to save time."""
     try:
         env = envs.make_env(name)
     except envs.UserError as error:
@@ -54,7 +54,7 @@ def undrawn(name):
 
 
 def full_state(env, kind=None):
-    """Return all of an environment's state, float64: of mujoco (default: for replays), of Point."""
+    """Return the full state, float64, of mujoco (default kind: for replays) or of Point."""
     if isinstance(env, envs.Point):
         return np.concatenate([env.qpos, env.velocity])
     import mujoco
@@ -92,7 +92,7 @@ def roll(env, seed, policy):
 def save(path, name, env, demos):
     """Write demonstrations of `env`, called `name`, to `path`; first replay each from its seed.
 
-    The file is worth nothing unless seed and actions alone bring the same states back.
+    Seed and actions alone must reproduce the same states, or the file is worthless.
     """
     for demo in demos:
         again, _ = roll(env, demo["seed"], lambda t, demo=demo: demo["action"][t])
@@ -100,7 +100,7 @@ def save(path, name, env, demos):
             fail(f"seed {demo['seed']} does not replay: the simulator is not deterministic here")
     version = "" if isinstance(env, envs.Point) else metadata.version("mujoco")
     arrays = {key: np.stack([demo[key] for demo in demos]) for key in demos[0]}
-    temporary = path.with_name(path.name + ".tmp")  # no half file is left
+    temporary = path.with_name(path.name + ".tmp")  # leave no half file
     with open(temporary, "wb") as file:
         np.savez_compressed(file, env=name, mujoco=version, **arrays)
     os.replace(temporary, path)

@@ -1,9 +1,9 @@
-"""Three more methods: bc, ditto, pdac. It is also the example of how to add a method.
+"""Three more methods: bc, ditto, pdac. This file also shows how to add a method.
 
-    python experiments/baselines.py --algo bc --env point      all flags as those of cmil.py
+    python experiments/baselines.py --algo bc --env point      the flags of cmil.py
 
-A method is a subclass of cmil.Learner: it assigns its networks, calls set_up(), and has
-`losses(replay)` or `clone_losses(replay)`, and `act`. A line in cmil.METHODS makes it known.
+A method is a subclass of cmil.Learner: it assigns networks, calls set_up(), and defines
+`losses(replay)` or `clone_losses(replay)`, and `act`. An entry in cmil.METHODS adds it.
 
 SOURCES  [T] DITTO: DeMoss et al. 2023, arXiv 2302.03086
          [A] DAC: Kostrikov et al. 2019, arXiv 1809.02925
@@ -20,15 +20,15 @@ import cmil  # noqa: E402  one folder up
 
 
 class Ditto(cmil.Agent):
-    """ditto: no discriminator; imagined states should be the expert's of the same step [T].
+    """ditto: no discriminator; imagined states should match the expert's step by step [T].
 
     row t        0       1       2       3        H = 3 steps from rows 0 ... L-H-1 of a window
     expert   z0 = s0     z1      z2      z3       posterior deter: what [T]'s code compares
     dream        s0 ->   s1 ->   s2 ->   s3       the policy, in the model
     reward      [r0]    [r1]    [r2]              r_t = match(s_{t+1}, z_{t+1})
 
-    Departures from [T]: after the start, world model and policy learn side by side; the actor's
-    gradient goes through the dynamics; networks, rates, gamma and H are CMIL's; D stays idle."""
+    Departures from [T]: after pretraining, world model and policy learn together; the actor's
+    gradient goes through the dynamics; networks, rates, gamma and H are CMIL's; D is unused."""
 
     @staticmethod
     def check(c):
@@ -65,7 +65,7 @@ class PixelAgent(cmil.Learner):
 
     @torch.no_grad()
     def act(self, image, carry=None, sample=True):
-        """As Agent.act; carry: the last frames, at an episode's start all of them the first."""
+        """As Agent.act; carry: the last frames (at the start, copies of the first)."""
         frame = cmil.to_float(torch.as_tensor(image, device=self.device))  # (N, 3, 64, 64)
         past = frame.repeat(1, self.FRAMES, 1, 1) if carry is None else carry
         frames = torch.cat([past[:, 3:], frame], 1)
@@ -76,7 +76,7 @@ class PixelAgent(cmil.Learner):
 
 class PixelBC(PixelAgent):
     """bc: pi(a_t|x_t) by maximum likelihood on the demonstrations, end to end; "BC" of [P], which
-    prints no more about it. Networks and rates are CMIL's."""
+    gives no details. Networks and rates are CMIL's."""
     FRAMES = 1
 
     def __init__(self, c, action, device):
@@ -102,7 +102,7 @@ class PixelDAC(PixelAgent):
     """pdac: discriminator-actor-critic from pixels without a model, the baseline of [P].
 
     From [A]: D's logit as reward, gradient penalty 10. From [Q]: shifts of 4 pixels, stacks, 3-step
-    returns, an embedding of 50, targets of the heads that follow at a rate of .01.
+    returns, an embedding of 50, target heads that follow at a rate of .01.
 
     row t        0    1    2    3    4    5       n = 3
     stacks     [x0   x1   x2]  and  [x3 x4 x5]    embed e2 and e5: a stack stands at its last row
@@ -112,7 +112,7 @@ class PixelDAC(PixelAgent):
     Departures: D and actor see the critics' embedding ([Q]: a trunk each); policy (a learned spread
     and an entropy bonus; [Q]: a schedule), convolutions, layers and rates are CMIL's; episodes have
     a fixed length, hence no absorbing states; a batch is all of B windows; an episode's first two
-    rows act on repeated frames, which training does not show."""
+    rows act on repeated frames, unseen in training."""
     FRAMES, STEPS, PENALTY, EMBED, TAU = 3, 3, 10.0, 50, 0.01
 
     def __init__(self, c, action, device):

@@ -2,8 +2,8 @@
 
     python experiments/bench.py [--preset paper] [--env kitchen] [any other field of the config]
 
-"both" acts, simulates and learns as a training round does. Episodes, checkpoints and evaluations
-are left out: a run makes them once a round or less often.
+"both" acts, simulates and learns as a training round does. It leaves out episode
+files, checkpoints and evaluations: a run makes them once a round or less.
 """
 import argparse
 import contextlib
@@ -26,7 +26,7 @@ import envs  # noqa: E402
 SECONDS = 20   # for each of the three measurements
 
 def parse():
-    """Read the fields of the config from the command line -> dict of those that were given."""
+    """Read config fields from the command line -> dict of those given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     parser.error = lambda message: cmil.die(f"{message}; see experiments/bench.py --help")
@@ -51,7 +51,7 @@ def rate(function, device):
     return calls / (time.perf_counter() - start)
 
 def play(trainer, update, updates):
-    """Step all environments, episode after episode, with so many updates beside a step."""
+    """Step all environments, episode after episode, with `updates` updates per step."""
     vec = trainer.vec
     info = envs.env_info(vec)
     while True:

@@ -5,10 +5,10 @@
     python experiments/figures.py --table RUN ...
     python experiments/figures.py --open-loop RUN --out openloop.png
 
-The first is the paper's Figure 2: success and the environment's own measure, means over seeds with
-95% bootstrap intervals. The second is its Figure 3: the terms of the bound along one run. The third
-prints Markdown, from eval.json too. The fourth shows what a run's world model predicts of a
-demonstration. Runs that differ in nothing but the seed are one curve.
+The first draws the paper's Figure 2: success and the task's own measure, means over seeds with 95%
+bootstrap intervals; runs that differ only in the seed form one curve. The second draws its
+Figure 3: the terms of the bound along one run. The third prints Markdown, from eval.json too. The
+fourth draws a demonstration as a run's world model predicts it.
 """
 import argparse
 import json
@@ -49,11 +49,11 @@ LOOK = {"axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "savefi
         "legend.fontsize": 8.5, "legend.handlelength": 3.2, "legend.frameon": False}
 
 class Run(NamedTuple):
-    """What the folder of a run holds."""
+    """The contents of a run's folder."""
     folder: str
     algo: str
     seed: int
-    env: str      # with its tasks, where they were chosen
+    env: str      # with its tasks, if some were chosen
     config: dict
     log: list     # the lines of metrics.jsonl
     final: dict   # eval.json, or {} before the evaluation
@@ -91,7 +91,7 @@ def read_runs(folders):
         for run in same:
             seeds = curves.setdefault(label_of(run, same), [])
             if run.seed in [other.seed for other in seeds]:
-                cmil.die(f"{run.folder}: another of these runs has its settings and its seed")
+                cmil.die(f"{run.folder}: another run has its settings and seed; drop one")
             seeds.append(run)
     return curves
 
@@ -221,7 +221,7 @@ def plot_bound(folder, out):
     """Draw the terms of the bound along one run into the picture `out`."""
     run = read_run(folder)
     if not any("disc/gap" in entry for entry in run.log):
-        cmil.die(f"{folder}: {run.algo} has no discriminator, or has hardly begun")
+        cmil.die(f"{folder}: {run.algo} has logged no disc/gap; give another run")
     figure, axis = pyplot().subplots(figsize=(6.5, 3.6))
     for key, (label, colour, line) in BOUND.items():
         if any(entry.get(key) for entry in run.log):   # the disagreement of a single prior is 0
@@ -251,7 +251,7 @@ def print_table(folders):
     runs = [run for seeds in curves.values() for run in seeds]
     for run in runs:
         if not run.final:
-            cmil.die(f"{run.folder}: no eval.json; write there what --eval prints")
+            cmil.die(f"{run.folder}: no eval.json; save --eval's output there")
     results = [run.final[kind] for run in runs for kind in KINDS if kind in run.final]
     own = dict.fromkeys(name for result in results for name in result
                         if name not in HIDDEN and result[name] != result["success"])
@@ -265,7 +265,7 @@ def print_table(folders):
         print(f"| {' | '.join([label, *cells, *costs(seeds)])} |")
 
 def mean_cell(seeds, kind, name):
-    """Write the mean over seeds; success with its 95% interval (one seed: over its episodes)."""
+    """Format the mean over seeds; success with its 95% interval (one seed: over episodes)."""
     results = [run.final[kind] for run in seeds if kind in run.final]
     values = [result[name] for result in results if name in result]
     if len(values) < len(seeds):
@@ -273,12 +273,12 @@ def mean_cell(seeds, kind, name):
     low, high = results[0]["success_ci95"]
     if len(values) > 1:
         low, high = cmil.bootstrap_ci(values)
-    # Formatting alone would round some halves down: as a float 0.575 is a little less.
+    # Formatting alone would round some halves down: the float 0.575 is below 0.575.
     mean, low, high = (f"{number + 1e-9:.2f}" for number in (np.mean(values), low, high))
     return f"{mean} ({low}-{high})" if name == "success" else mean
 
 def costs(seeds):
-    """Write seeds, episodes of the evaluation, environment steps, updates and minutes."""
+    """Format seeds, evaluation episodes, environment steps, updates and minutes."""
     last = [run.log[-1] for run in seeds]
     columns = [[run.final["episodes"] for run in seeds],
                [0 if run.config.get("offline") else run.log[-1]["step"] for run in seeds],

@@ -3,9 +3,9 @@
     python experiments/sweep.py --out runs/sweep --seeds 0 1 --variants "" "--beta 1" "--algo bc" \\
         -- --env point --threads 1 [any flag of cmil.py, for all runs]
 
-A variant is what it adds to the flags after --; its runs are --out/<method>[-flags]-s<seed>. A run
-that has its eval.json is not repeated, and one that was interrupted continues, so the same command
-resumes a sweep. --dry-run prints one command line a run instead, for a cluster's array job.
+A variant adds its flags to those after --; its runs are --out/<method>[-flags]-s<seed>. The
+same command resumes a sweep: it skips runs with an eval.json and continues interrupted ones.
+--dry-run only prints the commands, one line per run, for a cluster's array job.
 """
 import argparse
 import pathlib
@@ -57,7 +57,7 @@ def parse(argv):
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     cut = argv.index("--") if "--" in argv else len(argv)
     options = {"-h", *(text for action in parser._actions for text in action.option_strings)}
-    # argparse takes "--no-data-critic" for an option of its own, but not with a blank behind it.
+    # argparse takes "--no-data-critic" for an option of its own, but not with a space after it.
     words = [f"{word} " if word.startswith("-") and word not in options else word
              for word in argv[:cut]]
     return parser.parse_args(words), argv[cut + 1:]
