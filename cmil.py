@@ -951,6 +951,8 @@ class Trainer:
     def __init__(self, c):
         self.c, self.folder = c, pathlib.Path(c.logdir)
         device = setup_torch(c)
+        demos = demonstrations.load_demos(
+            c.demos, c.env, c.num_demos, min_steps=c.length - 1, **env_options(c))
         torch.manual_seed(c.seed)
         self.vec = envs.make_vec(c.env, c.num_envs, **env_options(c))
         self.env_info = envs.env_info(self.vec)
@@ -963,8 +965,6 @@ class Trainer:
         self.last_eval = -1  # the step of the last evaluation; -1: none yet
         self.began = self.clock = time.monotonic()  # of this process, of the run
         self.stop_reason, self.progress = "", Progress()
-        demos = demonstrations.load_demos(
-            c.demos, c.env, c.num_demos, min_steps=c.length - 1, **env_options(c))
         played = 0 if c.offline else self.rounds * c.num_envs  # episodes
         rows = sum(len(demo["image"]) for demo in demos) + played * (self.T + 1)
         self.replay = Replay(rows, c.length, self.env_info["action_dim"], self.agent.device)
