@@ -114,8 +114,8 @@ class Config:
     num_envs: int = option(5, "environments in lockstep", above=0)
     demos: str = option("", "file or folder; empty: env's own")
     num_demos: int = option(0, "how many; 0: all", at_least=0)
-    log_every: int = option(100, "updates between lines of metrics", above=0)
-    eval_every: int = option(5_000, "steps between evaluations", above=0)
+    log_every: int = option(100, "updates per line of metrics", above=0)
+    eval_every: int = option(5_000, "steps per evaluation", above=0)
     eval_episodes: int = option(10, "evaluation episodes", above=0)
 
     # Network sizes [C]
@@ -153,8 +153,8 @@ class Config:
     target: str = option("min", "[W] min over targets; [C] a random one",
                          choices=("min", "random"))
     data_critic: bool = option(True, "[W8]: critic loss on real pairs")
-    actor_discount: bool = option(True, "weights g^t in the actor's loss [C]")
-    critic_discount: bool = option(True, "weights g^(t+1) in the critic's loss [C]")
+    actor_discount: bool = option(True, "weights g^t of the actor [C]")
+    critic_discount: bool = option(True, "weights g^(t+1) of the critic [C]")
     gamma: float = option(0.99, "g, discount [C]", at_least=0, at_most=1)
     lam: float = option(0.95, "l of TD(lambda) [C]", at_least=0, at_most=1)
     entropy: float = option(1e-4, "weight of the entropy [C]", at_least=0)
@@ -963,7 +963,7 @@ class Trainer:
         self.seed_steps = math.ceil(c.seed_steps / self.per_round) * self.per_round
         self.round, self.steps_in_round = 0, 0
         self.last_eval = -1  # the step of the last evaluation; -1: none yet
-        self.began = self.clock = time.monotonic()  # of this process, of the run
+        self.began = self.clock = time.monotonic()  # this process, the run
         self.stop_reason, self.progress = "", Progress()
         played = 0 if c.offline else self.rounds * c.num_envs  # episodes
         rows = sum(len(demo["image"]) for demo in demos) + played * (self.T + 1)
@@ -971,7 +971,7 @@ class Trainer:
         for demo in demos:
             self.replay.add(demo["image"], demo["action"], demo=True)
         actions = self.replay.action[:self.replay.rows].cpu().numpy()  # of the demonstrations
-        self.demos_checksum = zlib.crc32(actions)  # the same wherever their files lie
+        self.demos_checksum = zlib.crc32(actions)  # wherever their files lie
         self.metrics = open_log(self.folder / "metrics.jsonl")
         self.resume()
         write_config(c, {**provenance(), **self.env_info, "update": self.agent.updates})
