@@ -313,7 +313,7 @@ class EnsembleMLP(nn.Module):
         x = x.expand(len(weights[0]), *x.shape[-2:])  # (K or T, N, in)
         for weight, bias in zip(weights[:-1], biases[:-1]):
             x = F.elu(torch.baddbmm(bias, x, weight))
-        with torch.autocast(x.device.type, enabled=False):  # [P9] is a small difference
+        with torch.autocast(x.device.type, enabled=False):  # for [P9]
             return torch.baddbmm(biases[-1], x.float(), weights[-1])
 
 class Encoder(nn.Module):
@@ -334,13 +334,12 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """feat -> mean of p(x|s): four transposed convolutions, stride 2 (1 -> 5 -> 13 -> 30 -> 64).
-    The first and the last are written as what they amount to, which a CPU does faster: on a 1x1
-    map, a matrix product; with kernel 6, a convolution with kernel 3 that makes 2x2 blocks. The
-    plain ones, with smaller initial weights, give latents on which the heads disagree more."""
+    The first is a matrix product (its map is 1x1), the last a convolution that makes 2x2 blocks: a
+    CPU is faster, and plain ones, with smaller initial weights, gave worse latents on point."""
     def __init__(self, depth, feat):
         super().__init__()
-        self.input = nn.Sequential(nn.Linear(feat, 32 * depth),
-                                   nn.Linear(32 * depth, 5 * 5 * 4 * depth), nn.ELU())
+        self.input = nn.Sequential(
+            nn.Linear(feat, 32 * depth), nn.Linear(32 * depth, 5 * 5 * 4 * depth), nn.ELU())
         self.layers = nn.Sequential(
             nn.ConvTranspose2d(4 * depth, 2 * depth, 5, 2), nn.ELU(inplace=True),
             nn.ConvTranspose2d(2 * depth, depth, 6, 2), nn.ELU(inplace=True),
@@ -704,12 +703,11 @@ class Learner(nn.Module):
             lr = self.c.disc_lr if name == "disc" else self.c.lr
             self.optimizers[name] = Optimizer(network, lr, self.c)
         if targets is not None:
-            self.target_source = (targets,)  # in a tuple, or it would be saved twice
+            self.target_source = (targets,)  # a tuple: else saved twice
             self.targets = copy.deepcopy(targets).requires_grad_(False)
 
     @staticmethod
-    def check(c):
-        """Refuse a configuration that the method cannot run."""
+    def check(c):  # refuses what the method cannot run
         if c.reward == "none" and not (c.offline and c.beta):
             die("--reward none needs --offline and a --beta above 0")
 
@@ -892,12 +890,11 @@ class Agent(Learner):
             _, spread = self.open_loop(*replay.sample_demos(self.c.batch))
         return {**super().report(replay), "uncertainty_expert": spread.mean()}
 
-# name -> (class, fields it overrides). experiments/baselines.py adds methods.
-METHODS = {
+METHODS = {  # name -> (class, fields it overrides); experiments/baselines.py adds methods
     "cmil": (Agent, {}),
-    "vmail": (Agent, dict(members=1, alpha=0.0, beta=0.0, seed_steps=0)),  # not conservative
-    "dgail": (Agent, dict(members=1, alpha=0.0, beta=0.0, offline=True)),  # on the demos alone
-    "dbc": (Agent, dict(reward="none", offline=True)),  # CMIL's start alone
+    "vmail": (Agent, dict(members=1, alpha=0.0, beta=0.0, seed_steps=0)),
+    "dgail": (Agent, dict(members=1, alpha=0.0, beta=0.0, offline=True)),
+    "dbc": (Agent, dict(reward="none", offline=True)),
 }
 
 # === Replay =======================================================================================
@@ -933,7 +930,7 @@ class Replay:
     def draw(self, first, end, batch):
         """Draw windows from start numbers `first` to `end` - 1 (0-d tensors)."""
         u = torch.rand(batch, device=self.start_rows.device)
-        index = torch.minimum(first + (u * (end - first)).long(), end - 1)  # if rounded up to end
+        index = torch.minimum(first + (u * (end - first)).long(), end - 1)  # if rounded up
         rows = self.start_rows[index] + self.offset  # (L, batch)
         return self.image[rows], self.action[rows]
 
@@ -1286,7 +1283,7 @@ def read_episode(folder, number, worker):
     try:
         with np.load(path) as file:
             return file["image"], file["action"]
-    except Exception as error:  # zip, numpy and system errors of many kinds
+    except Exception as error:  # of many kinds
         die(f"{path} cannot be read ({error}); restore it or begin anew")
 
 def write_gif(path, frames, vec, scale=4):
@@ -1306,7 +1303,7 @@ def load_checkpoint(folder, agent):
             if zipfile.ZipFile(path).testzip():  # torch.load misses flipped bytes
                 raise ValueError("checksum")
             state = torch.load(path, weights_only=True, map_location="cpu")
-        except Exception as error:  # zip, pickle and tensor errors of many kinds
+        except Exception as error:  # of many kinds
             damaged.append(f"{path} cannot be read ({type(error).__name__})")
             continue
         if damaged:
@@ -1361,11 +1358,10 @@ def setup_torch(c):
     if c.threads:
         torch.set_num_threads(c.threads)
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc: keep freed memory; new memory is slow
-        libc.mallopt(-4, 0)   # M_MMAP_MAX: no separate maps for large arrays
+    if hasattr(libc, "mallopt"):  # glibc: keep freed memory
+        libc.mallopt(-4, 0)   # M_MMAP_MAX: no maps
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return device
 
 # === Command line =================================================================================
@@ -1453,12 +1449,11 @@ def check_config(c):
             die(f"{flag(field.name)} {value}: expected {', '.join(told)}")
 
 def load_policy(run, **changes):
-    """Load a run's trained agent; torch and numpy suffice. At every frame:
+    """Load a run's trained agent; torch and numpy suffice. changes: fields of EVAL_MAY_CHANGE.
 
-        action, carry = agent.act(image[None], carry, sample=False)  # image (64, 64, 3) uint8
+        action, carry = agent.act(image[None], carry, sample=False)  # carry: None at the start
         action = agent.in_env_units(action[0])  # before: in [-1, 1]
-
-    carry is None at an episode's start. changes: fields of EVAL_MAY_CHANGE."""
+    """
     stored = read_config(run)
     if stored is None:
         die(f"{run}: no config.json there; give the folder of a run")

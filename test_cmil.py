@@ -290,18 +290,31 @@ def test_the_last_layer_of_an_ensemble_is_float32_under_autocast():
     near(out[1], np.full((5, 3), 4.001), rtol=0, atol=1e-6)
 
 def test_encoder_and_decoder():
-    """Any leading shape; the decoder: transposed convolutions, stride 2, with ELUs between."""
+    """Any leading shape is kept, and every row is its own."""
     encoder, decoder = randomize(cmil.Encoder(2)), randomize(cmil.Decoder(1, 10))
     image, feat = torch.rand(2, 3, 3, 64, 64), torch.randn(2, 3, 10)
     embed, picture = encoder(image), decoder(feat)
     assert embed.shape == (2, 3, 64) and encoder.size == 64 and picture.shape == image.shape
     near(embed[1, 2], encoder(image[1:, 2:])[0, 0])
     near(picture[0, 1], decoder(feat[:1, 1:])[0, 0])
-    x = decoder.input(feat[1, 2]).view(1, 32, 1, 1)
-    for layer in decoder.layers[::2]:
-        out = nn.functional.conv_transpose2d(x, layer.weight, layer.bias, stride=2)
-        x = nn.functional.elu(out)
-    near(picture[1, 2], out[0])
+
+def test_the_decoder_is_four_transposed_convolutions():
+    """Its matrix product is a ConvTranspose2d with kernel 5 on a 1x1 map; its last convolution, one
+    with kernel 6 and stride 2. Oracle: those two, with the same weights put in their places."""
+    decoder, feat = randomize(cmil.Decoder(2, 10)), torch.randn(7, 10)
+    product, last = decoder.input[1], decoder.layers[-1]
+    first = nn.ConvTranspose2d(64, 8, 5, 2, bias=False)
+    first.weight.data = product.weight.view(5, 5, 8, 64).permute(3, 2, 0, 1)
+    x = first(decoder.input[0](feat)[..., None, None])
+    x = nn.functional.elu(x + product.bias.view(5, 5, 8).movedim(-1, 0))
+    x = decoder.layers[:-1](x)  # (7, 2, 30, 30)
+    # Pixel (2i + p, 2j + q) of the picture sees input (i - 2 + y, j - 2 + x) through weight[p, q]
+    # of the convolution, at (y, x), and through tap (p + 4 - 2y, q + 4 - 2x) of the transposed one.
+    pixels, blocks = nn.ConvTranspose2d(2, 3, 6, 2, bias=False), last.weight.view(2, 2, 3, 2, 3, 3)
+    for p, q, i, j in itertools.product(range(2), range(2), range(3), range(3)):
+        pixels.weight.data[:, :, p + 4 - 2 * i, q + 4 - 2 * j] = blocks[p, q, :, :, i, j].T
+    bias = last.bias.view(2, 2, 3).movedim(-1, 0).repeat(1, 32, 32)  # (3, 64, 64)
+    torch.testing.assert_close(decoder(feat), pixels(x) + bias, rtol=1e-4, atol=1e-5)
 
 def test_actor_distribution():
     """loc = tanh, scale = 2 sigmoid(x / 2) + min_std, from the two halves of the last layer."""
