@@ -257,7 +257,7 @@ class TruncatedNormal:
         p = self.cdf_low + torch.rand_like(self.loc) * self.mass
         x = self.loc + self.scale * torch.special.ndtri(p.clamp(1e-6, 1 - 1e-6))
         inside = x.clamp(-1 + 1e-6, 1 - 1e-6)
-        return x + (inside - x).detach()  # clipped value, straight-through gradient
+        return x + (inside - x).detach()  # straight-through gradient
 
     def log_prob(self, x):
         """x (..., A) -> (...). Demo actions reach +-1, where the density is still positive."""
