@@ -24,7 +24,7 @@ EQUATIONS   [P]: the L4DC paper; [W]: its workshop version; [C]: the released co
   [W9]  critic         [W7] + [W8]
 
 SYMBOLS     B windows of L steps, N = L B imagination starts, H horizon, K prior heads, m critics,
-            T steps an episode; sizes A action, E embed, S stoch, D deter, F = S + D feat.
+            T steps (an episode's); sizes A action, E embed, S stoch, D deter, F = S + D feat.
             g gamma, l lambda, alpha weight of the penalty, beta of cloning, sigma noise on D's
             input. Tensors are time-major. post: q(s_t|...); prior: T_i(s_t|...);
             feat: [stoch, deter]; logit: the discriminator's output before its sigmoid.
@@ -46,12 +46,11 @@ ALGORITHM   put the demonstrations into the replay
                 world model        [P1] on R
                 imagination        from every posterior of R, H steps of policy and prior
                 discriminator      [P8]: pairs of E against imagined pairs
-                critics            [W9]: towards TD(lambda) of the target critics
+                critics            [W9]: towards TD(lambda) of their old copies, the targets
                 actor              [W6]: through dynamics, D, disagreement, critics; and cloning
-                one optimizer step each, on gradients taken before any of them (Agent.losses)
+                one optimizer step each, on gradients taken before any of them (take_steps)
 
-CONTENTS    configuration, networks, world model, reward, values and losses, learner, agent, replay,
-            training loop, run folder, speed, command line. Departures: README.md.
+CONTENTS    the method in the paper's order, training, run folder, speed, command line.
 """
 import argparse
 import contextlib
@@ -95,16 +94,14 @@ class Config:
     # What to run
     env: str = option("kitchen", "kitchen, baoding, point, or a Gymnasium id")
     algo: str = option("cmil", "the method: cmil, vmail, dgail or dbc")
-    preset: str = option("auto", "auto: paper on CUDA, small elsewhere",
-                         choices=("auto", "paper", "small", "debug"))
+    preset: str = option("auto", "auto: by device", choices=("auto", "paper", "small", "debug"))
     seed: int = option(0, "the random seed", at_least=0, at_most=2**32 - 1)
     logdir: str = option("", "folder; empty: runs/<env>-<algo>-s<seed>")
     steps: int = option(250_000, "total environment steps [P]", above=0)
     minutes: float = option(0.0, "stop after X minutes; 0: never", at_least=0)
     device: str = option("auto", "auto: CUDA if available", choices=("auto", "cpu", "cuda"))
     threads: int = option(0, "CPU threads; 0: torch's choice", at_least=0)
-    precision: str = option(
-        "auto", "auto: bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
+    precision: str = option("auto", "auto: by device", choices=("auto", "float32", "bfloat16"))
     graph: bool = option(True, "on CUDA, replay updates as a graph")
 
     # Environment, demonstrations, logging
@@ -140,18 +137,17 @@ class Config:
     train_ratio: float = option(0.4, "updates per step", at_least=0)
     offline: bool = option(False, "learn from the demos alone")
 
-    # Losses and optimizers [C]
-    free_nats: float = option(1.0, "KL below this is free", at_least=0)
-    image_std: float = option(1.0, "std of p(x|s) [P1]", above=0)
-    kl_balance: float = option(0.8, "share that trains the prior", at_least=0, at_most=1)
+    # Losses and optimizers [C], if not said otherwise
+    free_nats: float = option(1.0, "KL below this is free [D2]", at_least=0)
+    image_std: float = option(1.0, "std of p(x|s) [P1; D2: 1]", above=0)
+    kl_balance: float = option(0.8, "share of the prior [D2]", at_least=0, at_most=1)
     reward: str = option("logit", "[P10] logit; [C] sigmoid; none: cloning only",
                          choices=("logit", "sigmoid", "none"))
     alpha: float = option(10.0, "weight of the disagreement [P10]", at_least=0)
     beta: float = option(10.0, "weight of cloning [W6]; 0: none", at_least=0)
     sigma: float = option(math.sqrt(2.5), "std of noise on D's input [P8]", at_least=0)
     reward_noise: bool = option(False, "[C]: noise in the reward too")
-    target: str = option("min", "[W] min over targets; [C] a random one",
-                         choices=("min", "random"))
+    target: str = option("min", "[W] min of targets; [C] random", choices=("min", "random"))
     data_critic: bool = option(True, "[W8]: critic loss on real pairs")
     actor_discount: bool = option(True, "weights g^t of the actor [C]")
     critic_discount: bool = option(True, "weights g^(t+1) of the critic [C]")
@@ -257,7 +253,7 @@ class TruncatedNormal:
         p = self.cdf_low + torch.rand_like(self.loc) * self.mass
         x = self.loc + self.scale * torch.special.ndtri(p.clamp(1e-6, 1 - 1e-6))
         inside = x.clamp(-1 + 1e-6, 1 - 1e-6)
-        return x + (inside - x).detach()  # straight-through gradient
+        return x + (inside - x).detach()  # straight-through
 
     def log_prob(self, x):
         """x (..., A) -> (...). Demo actions reach +-1, where the density is still positive."""
@@ -313,7 +309,7 @@ class EnsembleMLP(nn.Module):
         x = x.expand(len(weights[0]), *x.shape[-2:])  # (K or T, N, in)
         for weight, bias in zip(weights[:-1], biases[:-1]):
             x = F.elu(torch.baddbmm(bias, x, weight))
-        with torch.autocast(x.device.type, enabled=False):  # for [P9]
+        with torch.autocast(x.device.type, enabled=False):  # [P9]: a small difference
             return torch.baddbmm(biases[-1], x.float(), weights[-1])
 
 class Encoder(nn.Module):
@@ -524,18 +520,18 @@ def imagine(rssm, actor, start, first_action, horizon):
     first_action (N, A) led to `start`. Gradients reach the actor through its actions and what the
     model makes of them, but not through the policy's own input: a_t ~ pi(.| stop_grad(s_t))."""
     state, feats, actions = start, [start.feat], [first_action]
-    disagreements, entropies = [], []
+    spreads, entropies = [], []
     for _ in range(horizon):
         policy = actor(state.feat.detach())
         action = policy.rsample()
         state, spread = rssm.step_prior(state, action)
         feats.append(state.feat)
         actions.append(action)
-        disagreements.append(spread)
+        spreads.append(spread)
         entropies.append(policy.entropy())
     last_action = actor(state.feat.detach()).rsample()
     return Dream(torch.stack(feats), torch.stack(actions), last_action,
-                 torch.stack(disagreements), torch.stack(entropies))
+                 torch.stack(spreads), torch.stack(entropies))
 
 def discriminator_loss(disc, expert, policy, sigma):
     """[P8] with expert = 1, policy = 0; the same noise acts on both.
@@ -876,13 +872,13 @@ class Agent(Learner):
         (L, B, 64, 64, 3) uint8, disagreement along the predicted steps (L - 5, B)"""
         rssm, context = self.world.rssm, min(5, len(image) - 1)
         post = rssm.observe(self.world.encoder(to_float(image[:context])), action[:context])
-        state, feats, disagreements = post.map(lambda x: x[-1]), [], []
+        state, feats, spreads = post.map(lambda x: x[-1]), [], []
         for a in action[context:]:
             state, spread = rssm.step_prior(state, a)
             feats.append(state.feat)
-            disagreements.append(spread)
+            spreads.append(spread)
         feat = torch.cat([post.feat, torch.stack(feats)])
-        return to_uint8(self.world.decoder(feat)), torch.stack(disagreements)
+        return to_uint8(self.world.decoder(feat)), torch.stack(spreads)
 
     def report(self, replay):
         """Add [P9] along the expert's actions, after five frames ([C]: after any)."""
@@ -930,7 +926,7 @@ class Replay:
     def draw(self, first, end, batch):
         """Draw windows from start numbers `first` to `end` - 1 (0-d tensors)."""
         u = torch.rand(batch, device=self.start_rows.device)
-        index = torch.minimum(first + (u * (end - first)).long(), end - 1)  # if rounded up
+        index = torch.minimum(first + (u * (end - first)).long(), end - 1)  # if rounded up to end
         rows = self.start_rows[index] + self.offset  # (L, batch)
         return self.image[rows], self.action[rows]
 
@@ -978,7 +974,7 @@ class Trainer:
         self.resume()
         write_config(c, {**provenance(), **self.env_info, "update": self.agent.updates})
         if self.agent.updates == 0:
-            self.checkpoint()  # a new run's first, after its config
+            self.checkpoint()  # a new run's first
         say(f"{c.algo} on {c.env}, preset {c.preset}, {self.agent.device}, {self.folder}: "
             f"step {self.step}, update {self.agent.updates}")
 
@@ -994,7 +990,7 @@ class Trainer:
                 self.round, self.steps_in_round = self.round + 1, 0
                 self.checkpoint()  # a resumed run continues from here
                 self.evaluate_if_due()
-            say(f"done: {self.folder}; next: python cmil.py --eval {self.folder}")
+            say(f"done: {self.folder}; next: python {sys.argv[0]} --eval {self.folder}")
             return True
         except Stop:
             say(f"stopped ({self.stop_reason}) at step {self.step}: the same command resumes")
@@ -1096,14 +1092,16 @@ class Trainer:
         for _ in range(4):
             try:
                 return job()
-            except envs.WORKER_GONE:
+            except envs.WORKER_GONE as error:
                 self.check_stop()  # a scheduler's signal reaches the workers too
+                if self.c.num_envs == 1:
+                    raise  # the environment's own error
                 codes = [process.exitcode for process in self.vec.processes]
-                say(f"an environment's process died (exit codes {codes}; -9: killed)")
+                say(f"an environment's process died ({error!r}; exit codes {codes})")
                 envs.close(self.vec)
                 self.vec = envs.make_vec(self.c.env, self.c.num_envs, **env_options(self.c))
                 self.go_back()
-        die("environments died four times; free memory, or begin anew with fewer --num-envs")
+        die("environments died four times; begin anew with fewer --num-envs")
 
     def on_signal(self, number, _):
         """Ask for a stop. A second signal ends the process at once; checkpoints are safe."""
@@ -1131,7 +1129,7 @@ class Trainer:
         """Return to the last checkpoint -> its contents, or None."""
         state = load_checkpoint(self.folder, self.agent)
         if state is not None:
-            os.replace(state["path"], self.folder / "checkpoint.pt")  # perhaps the previous one
+            os.replace(state["path"], self.folder / "checkpoint.pt")  # or the previous
             self.round, self.steps_in_round = state["round"], 0
             self.last_eval = state["last_eval"]
             cut_log(self.metrics, state["metrics_bytes"])
@@ -1167,7 +1165,6 @@ class Progress:
         self.phase, self.shown = "", 0.0
 
     def show(self, phase, done, total):
-        """Show a phase's progress; the rate counts from its start."""
         now = time.monotonic()
         if phase != self.phase:
             self.phase, self.start, self.first, self.shown = phase, now, done, now
@@ -1303,6 +1300,8 @@ def load_checkpoint(folder, agent):
             if zipfile.ZipFile(path).testzip():  # torch.load misses flipped bytes
                 raise ValueError("checksum")
             state = torch.load(path, weights_only=True, map_location="cpu")
+        except (OSError, MemoryError):
+            raise  # the file itself may be good
         except Exception as error:  # of many kinds
             damaged.append(f"{path} cannot be read ({type(error).__name__})")
             continue
@@ -1407,7 +1406,7 @@ def make_config(explicit):
         if c.tasks:
             base.pop("episode_steps", None)  # the preset's is for all tasks
     else:
-        base = stored
+        base = {**stored, "minutes": 0.0}
     given = {name: value for name, value in explicit.items() if (name, value) != ("preset", "auto")}
     differ = [f"{flag(name)} {value} (the run's: {stored[name]})" for name, value in given.items()
               if stored and name not in RESUME_MAY_CHANGE and value != stored[name]]
@@ -1463,7 +1462,8 @@ def load_policy(run, **changes):
     check_config(c)
     agent = METHODS[c.algo][0](c, stored["action_dim"], setup_torch(c))
     agent.bounds = np.array(stored["action_low"]), np.array(stored["action_high"])
-    if load_checkpoint(pathlib.Path(run), agent) is None:
+    state = load_checkpoint(pathlib.Path(run), agent)
+    if state is None:
         die(f"{run} has no checkpoint.pt yet; train it first")
     return agent
 

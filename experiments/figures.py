@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import cmil  # noqa: E402
 import demonstrations  # noqa: E402
+from experiments import baselines  # noqa: E402, F401  its methods' runs can be loaded too
 
 # One colour, line and width per method, the same in every picture.
 STYLES = {
@@ -186,7 +187,6 @@ def pyplot():
     return pyplot
 
 def save(figure, out):
-    """Write the picture `out`."""
     try:
         figure.savefig(out)
     except (OSError, ValueError) as error:

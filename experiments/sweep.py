@@ -8,6 +8,7 @@ same command resumes a sweep: it skips runs with an eval.json and continues inte
 --dry-run only prints the commands, one line per run, for a cluster's array job.
 """
 import argparse
+import json
 import pathlib
 import re
 import shlex
@@ -37,12 +38,20 @@ def commands(args, flags, variant, seed):
 def train_and_evaluate(run, train, evaluate):
     """Make one run and write its eval.json."""
     print(shlex.join(train), flush=True)
+    stopped = f"{run} was stopped (see above); the same command continues the sweep"
     try:
         subprocess.run(train, check=True)
+        if not finished(run):  # a signal or --minutes ended it
+            cmil.die(stopped)
         answer = subprocess.run(evaluate, check=True, stdout=subprocess.PIPE, text=True)
     except (subprocess.CalledProcessError, KeyboardInterrupt):
-        cmil.die(f"{run} was stopped (see above); the same command continues the sweep")
+        cmil.die(stopped)
     (run / "eval.json").write_text(answer.stdout.splitlines()[-1] + "\n")
+
+def finished(run):
+    """Return whether a run has made all of its steps."""
+    steps = json.loads((run / "config.json").read_text())["config"]["steps"]
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] >= steps
 
 def parse(argv):
     """Split the command line at "--" -> this program's arguments, the flags of all runs."""
