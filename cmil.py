@@ -331,7 +331,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """feat -> mean of p(x|s): four transposed convolutions, stride 2 (1 -> 5 -> 13 -> 30 -> 64).
     The first is a matrix product (its map is 1x1), the last a convolution that makes 2x2 blocks: a
-    CPU is faster, and plain ones, with smaller initial weights, gave worse latents on point."""
+    CPU is faster. Plain ones, with smaller initial weights, make the heads disagree more."""
     def __init__(self, depth, feat):
         super().__init__()
         self.input = nn.Sequential(
