@@ -41,9 +41,8 @@ class PixelEnv(gym.Env):
     """Give an environment pixels, checked actions and episodes of exactly T steps.
 
     A subclass defines `_reset(seed)` and `_step(action)`, which returns the task's own reward and
-    lists in `completed` which `tasks` are done; success is all of them. As demonstrations store
-    positions, it also defines `qpos`, the current ones (nq,); `draw(qpos)`, a picture of any; and
-    `tasks_in(qpos)`, the tasks that an episode of positions (T+1, nq) completes."""
+    lists in `completed` which `tasks` are done; success is all of them. It also defines `qpos`, the
+    positions (nq,); `draw(qpos)`, their picture; `tasks_in(qpos)`, what (T+1, nq) complete."""
     metadata = {"render_modes": ["rgb_array"], "render_fps": 12}
     render_mode = "rgb_array"
     gl_renderer = ""  # which OpenGL draws
@@ -59,6 +58,8 @@ class PixelEnv(gym.Env):
         self.observation_space = gym.spaces.Box(0, 255, (IMAGE, IMAGE, 3), np.uint8)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (action_dim,), np.float32)
         self._t = episode_steps  # no step before the first reset
+        self.completed = []
+        self.padded = False
 
     def reset(self, *, seed=None, options=None):
         """Start an episode -> image (64, 64, 3) uint8, info. The seed fixes all of it."""

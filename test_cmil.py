@@ -2042,7 +2042,7 @@ def test_bad_environments_get_one_line(name, options, named):
 def test_point_needs_neither_torch_nor_mujoco():
     code = ("import sys; sys.modules.update(torch=None, cmil=None, mujoco=None, OpenGL=None); "
             "import demonstrations; print(len(demonstrations.load_demos('', 'point')))")
-    answer = subprocess.run([sys.executable, "-c", code], cwd=(HERE / "demos").parent,
+    answer = subprocess.run([sys.executable, "-c", code], cwd=HERE,
                             capture_output=True, text=True)
     assert answer.stdout == "10\n", answer.stderr
 
@@ -2139,7 +2139,7 @@ def test_resizing_is_the_mean_over_areas():
 # === Shipped demonstrations =======================================================================
 
 def stored(name):
-    with np.load((HERE / "demos") / f"{name}.npz", allow_pickle=False) as file:
+    with np.load(HERE / "demos" / f"{name}.npz", allow_pickle=False) as file:
         return dict(file)
 
 def same_demos(first, second):
@@ -2153,7 +2153,7 @@ def test_demos_replay_to_their_states(world_name, world, dark):
     from recording import full_state
     demos = stored(world_name)
     count, every = {"point": (10, 1), "kitchen": (10, 4), "baoding": (20, 1)}[world_name]
-    assert ((HERE / "demos") / f"{world_name}.npz").stat().st_size <= 1e6
+    assert (HERE / "demos" / f"{world_name}.npz").stat().st_size <= 1e6
     assert len(set(demos["seed"].tolist())) == len(demos["seed"]) == count
     assert demos["action"].shape == (count, world.episode_steps, world.action_dim)
     assert demos["action"].std(0).mean() > 0.03  # over the demonstrations
