@@ -72,6 +72,8 @@ from importlib import metadata
 from typing import NamedTuple
 
 import numpy as np
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # else threads that wait block those that work
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -124,6 +126,7 @@ class Config:
     units: int = option(400, "units of actor and critics", above=0)
     layers: int = option(4, "layers of actor and critics", above=0)
     min_std: float = option(0.1, "smallest policy std", above=0, at_most=1)
+    sample_grad: str = option("exact", "of a policy's sample", choices=("exact", "released"))
     critics: int = option(2, "m, critics", above=0)
     disc_units: int = option(200, "units of the discriminator", above=0)
     disc_layers: int = option(2, "layers of the discriminator", above=0)
@@ -156,6 +159,8 @@ class Config:
     entropy: float = option(1e-4, "weight of the entropy [C]", at_least=0)
     lr: float = option(3e-4, "Adam's learning rate", above=0)
     disc_lr: float = option(3e-4, "D's learning rate", above=0)
+    lr_decay: float = option(0.0, "share of updates, the last, in which rates fall to 0",
+                             at_least=0, at_most=1)
     adam_eps: float = option(1e-5, "Adam's epsilon", above=0)
     clip: float = option(100.0, "largest gradient norm", above=0)
     weight_decay: float = option(1e-6, "shrinkage of weights per step", at_least=0)
@@ -241,17 +246,19 @@ class TruncatedNormal:
     """Independent normals truncated to [-1, 1], with loc inside: the policy's distribution.
 
     loc, scale (..., A), float32. log_prob and entropy sum over A and are exact."""
-    def __init__(self, loc, scale):
-        self.loc, self.scale = loc, scale
+    def __init__(self, loc, scale, sample_grad="exact"):
+        self.loc, self.scale, self.sample_grad = loc, scale, sample_grad
         self.mode = loc
         self.low, self.high = (-1 - loc) / scale, (1 - loc) / scale
         self.cdf_low = torch.special.ndtr(self.low)
         self.mass = torch.special.ndtr(self.high) - self.cdf_low  # probability inside [-1, 1]
 
     def rsample(self):
-        """Draw a reparameterised sample (..., A) by the inverse cdf of a uniform number."""
+        """Draw x = loc + scale z (..., A), z by the inverse cdf of a uniform number u.
+        dx/dloc: exact, 1 - [(1-u) phi(low) + u phi(high)] / phi(z); released [C], 1."""
         p = self.cdf_low + torch.rand_like(self.loc) * self.mass
-        x = self.loc + self.scale * torch.special.ndtri(p.clamp(1e-6, 1 - 1e-6))
+        z = torch.special.ndtri(p.clamp(1e-6, 1 - 1e-6))
+        x = self.loc + self.scale * (z if self.sample_grad == "exact" else z.detach())
         inside = x.clamp(-1 + 1e-6, 1 - 1e-6)
         return x + (inside - x).detach()  # straight-through
 
@@ -350,15 +357,16 @@ class Decoder(nn.Module):
 
 class Actor(nn.Module):
     """pi(a|s): a truncated normal on [-1, 1]."""
-    def __init__(self, feat, action, units, layers, min_std):
+    def __init__(self, feat, action, units, layers, min_std, sample_grad="exact"):
         super().__init__()
-        self.min_std = min_std
+        self.min_std, self.sample_grad = min_std, sample_grad
         self.layers = mlp(feat, units, layers, 2 * action)
 
     def forward(self, feat):
         """(..., F) -> TruncatedNormal over (..., A)"""
         loc, scale = self.layers(feat).float().chunk(2, -1)
-        return TruncatedNormal(torch.tanh(loc), 2 * torch.sigmoid(scale / 2) + self.min_std)
+        scale = 2 * torch.sigmoid(scale / 2) + self.min_std
+        return TruncatedNormal(torch.tanh(loc), scale, self.sample_grad)
 
 class Discriminator(nn.Module):
     """D(s, a): the probability that a pair is the expert's (expert is 1, policy is 0)."""
@@ -644,9 +652,10 @@ class Optimizer:
         self.params = list(module.parameters())
         self.clip = c.clip
         self.capturable = self.params[0].is_cuda and c.graph
+        self.lr, self.rate = lr, torch.tensor(lr, device=self.params[0].device)
         # AdamW multiplies weights by 1 - lr * weight_decay; the method wants 1 - c.weight_decay.
         self.adam = torch.optim.AdamW(
-            self.params, lr, eps=c.adam_eps, weight_decay=c.weight_decay / lr,
+            self.params, self.rate, eps=c.adam_eps, weight_decay=c.weight_decay / lr,
             fused=True, capturable=self.capturable)
         self.skipped = torch.zeros((), device=self.params[0].device)  # in all
         self.skipped_now = torch.zeros_like(self.skipped)  # in a row
@@ -673,7 +682,7 @@ class Optimizer:
     def load_state_dict(self, state):
         self.adam.load_state_dict(state["adam"])
         for group in self.adam.param_groups:  # state of another device
-            group["capturable"] = self.capturable
+            group.update(capturable=self.capturable, lr=self.rate)
         self.skipped.copy_(state["skipped"])
         self.skipped_now.copy_(state["skipped_now"])
 
@@ -718,11 +727,21 @@ class Learner(nn.Module):
         if clone not in self.recorded:
             graphed = self.c.graph and self.device.type == "cuda"
             self.recorded = {clone: CudaGraph(self.take_steps) if graphed else self.take_steps}
+        for optimizer in self.optimizers.values():
+            optimizer.rate.fill_(optimizer.lr * self.decay())
         info = self.recorded[clone](replay, clone)
         self.updates += 1
         if self.targets is not None and self.updates % self.c.target_every == 0:
             self.move_targets()
         return info
+
+    def decay(self):
+        """Return the factor of all learning rates: 1, then falling to 0 at the run's end."""
+        c = self.c
+        if not c.lr_decay:
+            return 1.0
+        total = c.pretrain + max(0, c.steps - c.seed_steps) * c.train_ratio  # updates
+        return max(0.0, min(1.0, (1 - self.updates / total) / c.lr_decay))
 
     def take_steps(self, replay, clone):
         """Take the gradient of each network's own loss alone, then step all optimizers."""
@@ -780,7 +799,7 @@ class Agent(Learner):
         feat, self.action_size = c.stoch + c.deter, action
         self.critics = Critics(c.critics, feat, action, c.units, c.layers)
         self.world = WorldModel(c, action)
-        self.actor = Actor(feat, action, c.units, c.layers, c.min_std)
+        self.actor = Actor(feat, action, c.units, c.layers, c.min_std, c.sample_grad)
         self.disc = Discriminator(feat, action, c.disc_units, c.disc_layers)
         self.set_up(device, targets=self.critics)
 

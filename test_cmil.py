@@ -239,6 +239,24 @@ def test_truncated_normal_sample_gradients():
         return cmil.TruncatedNormal(*x).rsample()
     assert torch.autograd.gradcheck(sample, x)
 
+@pytest.mark.parametrize("loc, scale, mean", [
+    (0.0, 0.15, 1.0), (0.0, 0.5, 0.77), (0.0, 1.1, 0.25), (0.0, 2.1, 0.07), (0.7, 0.5, 0.51)])
+def test_sample_grad_against_closed_forms(loc, scale, mean):
+    """A sample's mean derivative by loc: exact, its variance / scale^2; released, 1. By scale,
+    released: z. Both settings draw the same sample."""
+    x = torch.tensor([loc, scale], dtype=torch.float64, requires_grad=True)
+    samples, slopes = {}, {}
+    for setting in ("exact", "released"):
+        torch.manual_seed(0)
+        sample = cmil.TruncatedNormal(*x.repeat(100_000, 1).T, setting).rsample()
+        slopes[setting] = (torch.autograd.grad(sample.sum(), x)[0] / len(sample)).tolist()
+        samples[setting] = sample.detach()
+    near(samples["exact"], samples["released"])
+    assert slopes["exact"][0] == approx(samples["exact"].var().item() / scale**2, rel=0.01)
+    assert slopes["exact"][0] == approx(mean, abs=0.006)
+    z = (samples["released"].mean().item() - loc) / scale
+    assert slopes["released"] == approx([1.0, z], abs=1e-6)
+
 def test_truncated_normal_gradients_are_finite():
     loc = torch.tensor([-1.0, -0.99999, 0.0, 1.0]).repeat(200_000)[:, None].requires_grad_()
     scale = torch.tensor([0.1, 2.1]).repeat_interleave(400_000)[:, None].requires_grad_()

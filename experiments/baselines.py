@@ -82,7 +82,7 @@ class PixelBC(PixelAgent):
     def __init__(self, c, action, device):
         super().__init__(c)
         encoder = cmil.Encoder(c.conv_depth)
-        actor = cmil.Actor(encoder.size, action, c.units, c.layers, c.min_std)
+        actor = cmil.Actor(encoder.size, action, c.units, c.layers, c.min_std, c.sample_grad)
         self.policy = nn.Sequential(encoder, actor)
         self.set_up(device)
 
@@ -122,7 +122,7 @@ class PixelDAC(PixelAgent):
             layers, nn.Linear(layers.size, self.EMBED), nn.LayerNorm(self.EMBED), nn.Tanh())
         heads = cmil.Critics(c.critics, self.EMBED, action, c.units, c.layers)
         self.critics = nn.ModuleDict({"encoder": encoder, "heads": heads})
-        self.actor = cmil.Actor(self.EMBED, action, c.units, c.layers, c.min_std)
+        self.actor = cmil.Actor(self.EMBED, action, c.units, c.layers, c.min_std, c.sample_grad)
         self.disc = cmil.Discriminator(self.EMBED, action, c.disc_units, c.disc_layers)
         self.set_up(device, targets=heads)
 
