@@ -81,6 +81,9 @@ from torch import nn
 with contextlib.suppress(ImportError):  # load_policy works without gymnasium
     import demonstrations
     import envs
+tqdm = None
+with contextlib.suppress(Exception):  # optional: a bar on a terminal
+    from tqdm import tqdm
 
 # === Configuration ================================================================================
 # Each field is a flag. The defaults give the paper-size run; presets override them.
@@ -209,7 +212,8 @@ def say(text, stream=None):
     """Print at once. A lost terminal or a full disk must not end a run."""
     stream = stream or sys.stdout
     try:
-        print(text, file=stream, flush=True)
+        with tqdm.external_write_mode(stream) if tqdm else contextlib.nullcontext():
+            print(text, file=stream, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -999,8 +1003,8 @@ class Trainer:
 
     def run(self):
         """Train to the end or to a stop -> True if the run is complete."""
-        signals = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
-        handlers = [signal.signal(number, self.on_signal) for number in signals]
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.on_signal)
         try:
             self.pretrain()  # world model and clone, on the demonstrations alone
             self.evaluate_if_due()
@@ -1017,8 +1021,6 @@ class Trainer:
         finally:
             envs.close(self.vec)
             self.metrics.close()
-            for number, handler in zip(signals, handlers):
-                signal.signal(number, handler)
 
     @property
     def step(self):
@@ -1038,7 +1040,6 @@ class Trainer:
             if self.agent.updates % self.c.log_every == 0:
                 self.checkpoint()
             self.check_stop()
-        self.checkpoint()
 
     def play_round(self):
         """Play an episode in every environment, in lockstep, and make the updates due."""
@@ -1179,19 +1180,25 @@ class Trainer:
         self.metrics.flush()
 
 class Progress:
-    """Print a line every ten seconds: phase, progress, speed, and time left."""
+    """Show phase, progress, speed and time left: as a bar on a terminal, where tqdm is
+    installed; else as a line every ten seconds."""
     def __init__(self):
-        self.phase, self.shown = "", 0.0
+        self.phase, self.bar = "", None
 
     def show(self, phase, done, total):
         now = time.monotonic()
         if phase != self.phase:
             self.phase, self.start, self.first, self.shown = phase, now, done, now
-        if now - self.shown < 10 or done == self.first:
-            return
-        self.shown, rate = now, (done - self.first) / (now - self.start)
-        left = (total - done) / rate / 60
-        say(f"{phase} {done}/{total}, {rate:.2g} a second, {left:.0f} minutes left", sys.stderr)
+            self.bar = None  # removes the last one
+            if tqdm and sys.stderr.isatty():
+                self.bar = tqdm(desc=phase, initial=done, total=total, leave=False)
+        if self.bar is not None:
+            with contextlib.suppress(OSError):  # the terminal is lost
+                self.bar.update(done - self.bar.n)
+        elif now - self.shown >= 10 and done > self.first:
+            self.shown, rate = now, (done - self.first) / (now - self.start)
+            left = f"{(total - done) / rate / 60:.0f} minutes left"
+            say(f"{phase} {done}/{total}, {rate:.2g} a second, {left}", sys.stderr)
 
 # Disjoint streams of environment seeds: training, evaluation while training, --eval.
 TRAIN, EVALUATE, FINAL = 1, 2, 3
@@ -1505,6 +1512,8 @@ def evaluate_run(run, episodes, video, changes):
     print(json.dumps(report))
 
 def main(argv=None):
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a name may not fit the encoding
     explicit, args = parse(argv)
     import envs  # a clear ImportError where gymnasium is missing
     try:

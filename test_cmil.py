@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1927,19 +1928,20 @@ def test_table_of_methods(tmp_path, monkeypatch, capsys):
 
 # === Sweeps and speed =============================================================================
 
-def test_sweep_dry_run(tmp_path, monkeypatch, capsys):
-    """A line for every variant: train, evaluate, keep the answer."""
-    variants = {"cmil-s3": "", "cmil-no-data-critic-s3": "--no-data-critic",
-                "dbc-sigma-0.5-s3": "--sigma 0.5 --algo dbc"}
-    run_script(monkeypatch, sweep, "--out", tmp_path, "--seeds", 3, "--variants",
-               *variants.values(), "--episodes", 2, "--dry-run", "--", "--env", "point")
-    program = f"{sys.executable} {HERE / 'cmil.py'}"
-    for name, line in zip(variants, capsys.readouterr().out.splitlines(), strict=True):
-        run, flags = tmp_path / name, f"--env point {variants[name]}".strip()
-        assert line == (
-            f"{program} {flags} --seed 3 --logdir {run} && "
-            f"{program} --eval {run} --episodes 2 --seed 2000 "
-            f"> {run}/eval.part && mv {run}/eval.part {run}/eval.json")
+def test_sweep(tmp_path, monkeypatch, capsys):
+    """A line of --dry-run makes one run: stopped, it ends with 3; then it is evaluated."""
+    options = "--seeds 3 4 --episodes 1 --dry-run -- --env point --preset debug --threads 1"
+    variants = ["--no-data-critic", "--sigma 0.5 --algo dbc"]
+    run_script(monkeypatch, sweep, "--out", tmp_path, "--variants", *variants, *options.split())
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    words = shlex.split(lines[3])[2:]  # without python and the script
+    with pytest.raises(SystemExit) as stopped:
+        run_script(monkeypatch, sweep, *words, "--pretrain", 5, "--minutes", 0.001)
+    assert stopped.value.code == 3
+    run_script(monkeypatch, sweep, *words, "--pretrain", 5)
+    assert json.loads((tmp_path / "dbc-sigma-0.5-s4/eval.json").read_text())["episodes"] == 1
+    assert "| dbc |" in capsys.readouterr().out
 
 def test_bench(monkeypatch, capsys):
     """Rates by a clock that moves 1/3 s a look, over more than an episode of steps."""

@@ -102,17 +102,17 @@ class PixelDAC(PixelAgent):
     """pdac: discriminator-actor-critic from pixels without a model, the baseline of [P].
 
     From [A]: D's logit as reward, gradient penalty 10. From [Q]: shifts of 4 pixels, stacks, 3-step
-    returns, an embedding of 50, target heads that follow at a rate of .01.
+    returns, an embedding of 50, target heads that follow at a rate of .01, a policy whose std falls
+    from 1 to .1 (here in the first half of the run).
 
     row t        0    1    2    3    4    5       n = 3
     stacks     [x0   x1   x2]  and  [x3 x4 x5]    embed e2 and e5: a stack stands at its last row
     rewards                r2   r3   r4           r_t = D's logit of (e_t, a_t)
     target     y2 = r2 + g r3 + g^2 r4 + g^3 min_i Qbar_i(e5, a'),  a' ~ pi(.|e5)
 
-    Departures: D and actor see the critics' embedding ([Q]: a trunk each); policy (a learned spread
-    and an entropy bonus; [Q]: a schedule), convolutions, layers and rates are CMIL's; episodes have
-    a fixed length, hence no absorbing states; a batch is all of B windows; an episode's first two
-    rows act on repeated frames, unseen in training."""
+    Departures: D and actor see the critics' embedding ([Q]: a trunk each); convolutions and layers
+    are CMIL's; episodes have a fixed length, hence no absorbing states; a batch is all of B
+    windows; an episode's first two rows act on repeated frames, unseen in training."""
     FRAMES, STEPS, PENALTY, EMBED, TAU = 3, 3, 10.0, 50, 0.01
 
     def __init__(self, c, action, device):
@@ -122,8 +122,9 @@ class PixelDAC(PixelAgent):
             layers, nn.Linear(layers.size, self.EMBED), nn.LayerNorm(self.EMBED), nn.Tanh())
         heads = cmil.Critics(c.critics, self.EMBED, action, c.units, c.layers)
         self.critics = nn.ModuleDict({"encoder": encoder, "heads": heads})
-        self.actor = cmil.Actor(self.EMBED, action, c.units, c.layers, c.min_std, c.sample_grad)
+        self.actor = cmil.mlp(self.EMBED, c.units, c.layers, action)
         self.disc = cmil.Discriminator(self.EMBED, action, c.disc_units, c.disc_layers)
+        self.register_buffer("std", torch.ones(()))  # a tensor: a CUDA graph sees it change
         self.set_up(device, targets=heads)
 
     @staticmethod
@@ -134,10 +135,17 @@ class PixelDAC(PixelAgent):
                      "--pretrain 0 and --seed-steps above 0")
 
     def policy(self, frames):
-        return self.actor(self.critics.encoder(frames))
+        return self.pi(self.critics.encoder(frames))
+
+    def pi(self, embed):
+        """(..., 50) -> TruncatedNormal over (..., A)"""
+        loc = torch.tanh(self.actor(embed).float())
+        return cmil.TruncatedNormal(loc, self.std.expand_as(loc), self.c.sample_grad)
 
     def move_targets(self):
         super().move_targets(self.TAU)
+        half = self.c.steps * self.c.train_ratio / 2  # updates
+        self.std.fill_(max(0.1, 1 - 0.9 * self.updates / half))
 
     def embed(self, image, action):
         """Windows of the replay -> embed (L-2, B, 50) of shifted stacks; action (L-2, B, A)."""
@@ -158,7 +166,7 @@ class PixelDAC(PixelAgent):
             disc_loss, info = cmil.discriminator_loss(self.disc, expert, policy, 0.0)  # [P8]
             penalty = gradient_penalty(self.disc, expert, policy)
 
-            pi = self.actor(e)
+            pi = self.pi(e)
             with torch.no_grad():
                 reward = cmil.imitation_reward(self.disc, *policy, c)  # (L-3, B)
                 value = self.targets(e, pi.rsample()).min(0).values  # (L-2, B)
@@ -168,10 +176,10 @@ class PixelDAC(PixelAgent):
             q_loss = (q - target).square().mean((1, 2)).sum()
 
             pi_value = self.critics.heads(e, pi.rsample()).min(0).values  # (L-2, B)
-            pi_loss = -(pi_value + c.entropy * pi.entropy()).mean()
+            pi_loss = -pi_value.mean()
         losses = {"critics": q_loss, "actor": pi_loss, "disc": disc_loss + self.PENALTY * penalty}
-        return losses, {**info, "reward": reward.mean(), "entropy": pi.entropy().mean(),
-                        "critic/data": q_loss, "critic/value": target.mean()}
+        return losses, {**info, "reward": reward.mean(), "critic/data": q_loss,
+                        "critic/value": target.mean(), "loc": pi.loc.abs().mean()}
 
 def n_step_target(reward, value, gamma, n):
     """y_t = sum_{k<n} g^k r_{t+k} + g^n v_{t+n}: reward (T-1, B), value (T, B) -> (T-n, B)"""

@@ -5,13 +5,16 @@
 
 A variant adds its flags to those after --; its runs are --out/<method>[-flags]-s<seed>. The
 same command resumes a sweep: it skips runs with an eval.json and continues interrupted ones.
---dry-run only prints the commands, one line per run, for a cluster's array job.
+--dry-run prints a command for each run instead, for a cluster's array job. A sweep whose run was
+stopped ends with exit code 3.
 """
 import argparse
+import itertools
 import json
 import pathlib
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -38,20 +41,21 @@ def commands(args, flags, variant, seed):
 def train_and_evaluate(run, train, evaluate):
     """Make one run and write its eval.json."""
     print(shlex.join(train), flush=True)
-    stopped = f"{run} was stopped (see above); the same command continues the sweep"
-    try:
-        subprocess.run(train, check=True)
-        if not finished(run):  # a signal or --minutes ended it
-            cmil.die(stopped)
-        answer = subprocess.run(evaluate, check=True, stdout=subprocess.PIPE, text=True)
-    except (subprocess.CalledProcessError, KeyboardInterrupt):
-        cmil.die(stopped)
+    if subprocess.run(train).returncode:
+        cmil.die(f"{run} failed (see above)")
+    if not finished(run):  # a signal or --minutes ended it
+        cmil.say(f"{run} was stopped; the same command continues the sweep", sys.stderr)
+        raise SystemExit(3)
+    answer = subprocess.run(evaluate, stdout=subprocess.PIPE, text=True)
+    if answer.returncode:
+        cmil.die(f"{run}: its evaluation failed (see above)")
     (run / "eval.json").write_text(answer.stdout.splitlines()[-1] + "\n")
 
 def finished(run):
     """Return whether a run has made all of its steps."""
     steps = json.loads((run / "config.json").read_text())["config"]["steps"]
-    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] >= steps
+    log = (run / "metrics.jsonl").read_text().splitlines()
+    return bool(log) and json.loads(log[-1])["step"] >= steps
 
 def parse(argv):
     """Split the command line at "--" -> this program's arguments, the flags of all runs."""
@@ -73,18 +77,21 @@ def parse(argv):
 
 def main():
     args, flags = parse(sys.argv[1:])
-    runs = [commands(args, flags, variant, seed)
-            for variant in args.variants for seed in args.seeds]
-    for run, train, evaluate in runs:
-        if (run / "eval.json").exists():
-            continue
+    for number in (signal.SIGINT, signal.SIGUSR1):  # they are for the run, which then stops
+        signal.signal(number, lambda *_: None)
+    runs = []
+    for variant, seed in itertools.product(args.variants, args.seeds):
+        run, train, evaluate = commands(args, flags, variant, seed)
+        runs.append(run)
         if args.dry_run:
-            keep = f"> {run}/eval.part && mv {run}/eval.part {run}/eval.json"
-            print(f"{shlex.join(train)} && {shlex.join(evaluate)} {keep}")
-        else:
+            print(shlex.join([sys.executable, sys.argv[0], "--out", args.out,
+                              "--seeds", str(seed), "--variants", variant,
+                              "--episodes", str(args.episodes),
+                              "--eval-seed", str(args.eval_seed), "--", *flags]))
+        elif not (run / "eval.json").exists():
             train_and_evaluate(run, train, evaluate)
     if not args.dry_run:
-        figures.print_table([run for run, _, _ in runs])
+        figures.print_table(runs)
 
 if __name__ == "__main__":
     main()
