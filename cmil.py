@@ -49,8 +49,6 @@ ALGORITHM   put the demonstrations into the replay
                 critics            [W9]: towards TD(lambda) of their old copies, the targets
                 actor              [W6]: through dynamics, D, disagreement, critics; and cloning
                 one optimizer step each, on gradients taken before any of them (take_steps)
-
-CONTENTS    the method in the paper's order, training, run folder, speed, command line.
 """
 import argparse
 import contextlib
@@ -212,8 +210,11 @@ def say(text, stream=None):
     """Print at once. A lost terminal or a full disk must not end a run."""
     stream = stream or sys.stdout
     try:
-        with tqdm.external_write_mode(stream) if tqdm else contextlib.nullcontext():
-            print(text, file=stream, flush=True)
+        if Progress.bar is not None:
+            Progress.bar.clear()
+        print(text, file=stream, flush=True)
+    except UnicodeEncodeError:
+        print(ascii(text), file=stream, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -340,9 +341,8 @@ class Encoder(nn.Module):
         return x.flatten(1).float().unflatten(0, image.shape[:-3])
 
 class Decoder(nn.Module):
-    """feat -> mean of p(x|s): four transposed convolutions, stride 2 (1 -> 5 -> 13 -> 30 -> 64).
-    The first is a matrix product (its map is 1x1), the last a convolution that makes 2x2 blocks: a
-    CPU is faster. Plain ones, with smaller initial weights, make the heads disagree more."""
+    """feat -> mean of p(x|s): four transposed convolutions, stride 2 (1 -> 5 -> 13 -> 30 -> 64):
+    the first as a matrix product, the last as a convolution that makes 2x2 blocks."""
     def __init__(self, depth, feat):
         super().__init__()
         self.input = nn.Sequential(
@@ -661,8 +661,7 @@ class Optimizer:
         self.adam = torch.optim.AdamW(
             self.params, self.rate, eps=c.adam_eps, weight_decay=c.weight_decay / lr,
             fused=True, capturable=self.capturable)
-        self.skipped = torch.zeros((), device=self.params[0].device)  # in all
-        self.skipped_now = torch.zeros_like(self.skipped)  # in a row
+        self.skipped = torch.zeros((), device=self.params[0].device)
 
     def step(self, grads):
         """Update the network once -> the gradient's norm before clipping. No host sync."""
@@ -676,19 +675,16 @@ class Optimizer:
         self.adam.step()
         self.adam.zero_grad()
         self.skipped += bad
-        self.skipped_now.copy_((self.skipped_now + 1) * bad)
         return norm
 
     def state_dict(self):
-        return {"adam": self.adam.state_dict(), "skipped": self.skipped,
-                "skipped_now": self.skipped_now}
+        return {"adam": self.adam.state_dict(), "skipped": self.skipped}
 
     def load_state_dict(self, state):
         self.adam.load_state_dict(state["adam"])
         for group in self.adam.param_groups:  # state of another device
             group.update(capturable=self.capturable, lr=self.rate)
         self.skipped.copy_(state["skipped"])
-        self.skipped_now.copy_(state["skipped_now"])
 
 class Learner(nn.Module):
     """What methods share. A subclass assigns its networks, calls set_up(), and defines
@@ -838,8 +834,7 @@ class Agent(Learner):
 
     def losses(self, replay):
         """The losses of one update, the body of the ALGORITHM -> losses, info (0-d tensors).
-        Static shapes, no host synchronisation, no branch on a tensor's value: a CUDA graph can
-        record it."""
+        No shape and no branch depends on a tensor's value: a CUDA graph can record it."""
         c, world, B = self.c, self.world, self.c.batch
         image, action = replay.sample(B)  # (L, B, ...)
         expert_image, expert_action = replay.sample_demos(B)  # (L, B, ...)
@@ -921,9 +916,8 @@ METHODS = {  # name -> (class, fields it overrides); experiments/baselines.py ad
 class Replay:
     """All episodes, demos first, in two preallocated tensors on the learner's device.
 
-    Rows are in stored order (action[t] led to image[t]). `start_rows` lists the rows
-    where a window of `length` rows fits into one episode. Their count is a tensor, filled in
-    place, so that sampling needs no host synchronisation and fits a CUDA graph."""
+    Rows are in stored order (action[t] led to image[t]). `start_rows` lists the rows where a
+    window fits into one episode. Their count is a tensor, so that a CUDA graph sees it change."""
     def __init__(self, capacity, length, action, device):
         self.length = length
         self.rows, self.windows = 0, 0
@@ -1040,6 +1034,7 @@ class Trainer:
             if self.agent.updates % self.c.log_every == 0:
                 self.checkpoint()
             self.check_stop()
+        self.checkpoint()
 
     def play_round(self):
         """Play an episode in every environment, in lockstep, and make the updates due."""
@@ -1083,9 +1078,9 @@ class Trainer:
             with torch.random.fork_rng():  # logging must not change what is learned
                 self.log({**info, **self.agent.report(self.replay)})
         for name, optimizer in self.agent.optimizers.items():
-            if self.agent.updates % 10 == 0 and optimizer.skipped_now >= 10:
-                die(f"ten non-finite {name} gradients in a row at update {self.agent.updates}; "
-                    f"{self.folder} has the last good state; begin anew with a lower --lr")
+            if self.agent.updates % 10 == 0 and optimizer.skipped >= 10 + self.agent.updates / 20:
+                die(f"too many non-finite {name} gradients by update {self.agent.updates}; begin "
+                    "anew with a lower --lr")
 
     def evaluate_if_due(self):
         """Evaluate after pretraining, every `eval_every` steps, and at the end."""
@@ -1182,16 +1177,18 @@ class Trainer:
 class Progress:
     """Show phase, progress, speed and time left: as a bar on a terminal, where tqdm is
     installed; else as a line every ten seconds."""
+    bar = None
+
     def __init__(self):
-        self.phase, self.bar = "", None
+        self.phase = ""
 
     def show(self, phase, done, total):
         now = time.monotonic()
         if phase != self.phase:
             self.phase, self.start, self.first, self.shown = phase, now, done, now
-            self.bar = None  # removes the last one
+            Progress.bar = None  # removes the last one
             if tqdm and sys.stderr.isatty():
-                self.bar = tqdm(desc=phase, initial=done, total=total, leave=False)
+                Progress.bar = tqdm(desc=phase, initial=done, total=total, leave=False)
         if self.bar is not None:
             with contextlib.suppress(OSError):  # the terminal is lost
                 self.bar.update(done - self.bar.n)
@@ -1344,10 +1341,8 @@ def load_checkpoint(folder, agent):
 class CudaGraph:
     """step(replay, clone), recorded as a CUDA graph and then replayed: one launch, not thousands.
 
-    The first calls run normally: they are real steps, and create what recording needs (Adam's
-    moments, libraries' workspaces). Recording itself computes nothing. A replayed step uses the
-    same memory every time, draws new random numbers, and overwrites what the last step
-    returned."""
+    The first calls run normally: they are real steps, and create what recording needs. Recording
+    computes nothing. A replayed step overwrites what the last one returned."""
     def __init__(self, step, warm_up=3):
         self.step, self.calls_left, self.graph = step, warm_up, None
         self.stream = torch.cuda.Stream()
@@ -1512,8 +1507,6 @@ def evaluate_run(run, episodes, video, changes):
     print(json.dumps(report))
 
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a name may not fit the encoding
     explicit, args = parse(argv)
     import envs  # a clear ImportError where gymnasium is missing
     try:

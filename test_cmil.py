@@ -840,7 +840,7 @@ def test_random_shifts_are_crops_of_the_padded_frame():
 
 def test_pdac_pairs_stacks_actions_and_targets(monkeypatch):
     """A stack ends in its row's frame; three rewards and the targets' value three rows later."""
-    agent, replay = agent_and_replay("pdac", entropy=0.1)
+    agent, replay = agent_and_replay("pdac")
     number = torch.arange(len(replay.image), dtype=torch.uint8)
     replay.image[:] = number[:, None, None, None]  # each row's number, in its pixels ...
     replay.action[:] = number[:, None] / 255  # ... and in its action
@@ -875,12 +875,12 @@ def test_pdac_pairs_stacks_actions_and_targets(monkeypatch):
     y = sum(g ** k * reward[k:k + 3] for k in range(3)) + g ** 3 * value[3:]
     q = [factor * s[:3] + s[1:4] for factor in (1, 2)]
     assert losses["critics"].item() == approx(((q - y) ** 2).mean(1).sum(), rel=1e-5)
-    entropy = cmil.TruncatedNormal(torch.zeros(2), torch.ones(2)).entropy().item()
-    assert losses["actor"].item() == approx(-(s + 0.25).mean() - 0.1 * entropy, rel=1e-4)
+    assert losses["actor"].item() == approx(-(s + 0.25).mean(), rel=1e-4)
 
 def test_pdac_gradients_and_targets():
-    """The encoder learns from the critics alone; the targets follow by a hundredth each update."""
-    agent, replay = agent_and_replay("pdac", entropy=0.0)
+    """The encoder learns from the critics alone; the targets follow by a hundredth each update.
+    The policy's std falls from 1 to .1 in the first half of the updates."""
+    agent, replay = agent_and_replay("pdac", steps=40, train_ratio=0.5)
     losses, _ = agent.losses(replay)
     nets = {name: net for name, net in agent.named_children() if name != "targets"}
     reach = {(loss, name): touched(losses[loss], nets[name]) for loss in losses for name in nets}
@@ -895,6 +895,10 @@ def test_pdac_gradients_and_targets():
     heads = agent.critics["heads"].state_dict()
     for name, now in agent.targets.state_dict().items():
         near(now, 0.99 * before[name] + 0.01 * heads[name], rtol=1e-6, atol=1e-7)
+    assert agent.actor(torch.zeros(3, 50)).scale[0, 0].item() == approx(1 - 0.9 / 10)
+    agent.updates = 15
+    agent.move_targets()
+    assert agent.actor(torch.zeros(3, 50)).scale[0, 0].item() == approx(0.1)
 
 def test_pdac_embeds_the_last_three_frames():
     """The oldest first; [Q]'s trunk: a linear layer to 50, normalised, tanh; in float64."""
@@ -952,12 +956,11 @@ def test_non_finite_gradient_changes_nothing(poison):
     optimizer = cmil.Optimizer(net, 0.01, config())
     for value in (1.0, poison, poison, 1.0):
         optimizer.step([torch.ones(3, 4), torch.tensor([1.0, 1.0, value])])
-        counts = optimizer.skipped.item(), optimizer.skipped_now.item()
         adam = optimizer.adam.state_dict()["state"]
-        states.append(copy.deepcopy([counts, net.state_dict(), adam]))
+        states.append(copy.deepcopy([optimizer.skipped.item(), net.state_dict(), adam]))
     first, second, third, last = states
     assert same(first[1:], second[1:]) and same(first[1:], third[1:])
-    assert [counts for counts, *_ in states] == [(0, 0), (1, 1), (2, 2), (2, 0)]
+    assert [count for count, *_ in states] == [0, 1, 2, 2]
     assert not same(last[1], first[1]) and last[2][0]["step"] == 2
 
 def test_targets_are_copied_on_schedule_only():
@@ -998,6 +1001,8 @@ def test_acting_samples_latents_and_actions(algo):
     assert (first != second).all() and (first[0] != first[1]).all()
     assert np.abs(first).max() <= 1 and first.dtype == np.float32
     assert algo != "cmil" or (carry[0].stoch != carry2[0].stoch).all()
+    if algo == "pdac":
+        return
     actor, = (module for module in agent.modules() if isinstance(module, cmil.Actor))
     nn.init.constant_(actor.layers[-1].bias, -100)
     near(actor(torch.randn(3, actor.layers[0].in_features)).scale, np.full((3, 2), 0.04))
@@ -1168,7 +1173,7 @@ def test_pretraining_learns():
     replay = cmil.Replay(600, 8, 2, CPU)
     for demo in demos[:-2]:
         replay.add(demo["image"], demo["action"], demo=True)
-    info = [agent.update(replay, clone=True) for _ in range(150)]
+    info = [agent.update(replay, clone=True) for _ in range(200)]
     recon, bc = (np.array([float(line[key]) for line in info]) for key in ("recon", "bc"))
     assert recon[-20:].mean() < 0.05 * recon[:5].mean()
     assert bc[-20:].mean() < bc[:5].mean() - 0.3
@@ -1227,7 +1232,7 @@ TWO = dict(num_envs=2, steps=80, train_ratio=0.2, eval_every=40)  # 4 rounds, tw
 
 def run_train(logdir, stop_at=None, by=signal.SIGTERM, **changes):
     """Train, or stop by a signal when `stop_at` updates are made -> state, metrics."""
-    trainer, handler = cmil.Trainer(run_config(logdir, **changes)), signal.getsignal(by)
+    trainer = cmil.Trainer(run_config(logdir, **changes))
     update = trainer.update
 
     def update_and_stop(clone):
@@ -1237,7 +1242,6 @@ def run_train(logdir, stop_at=None, by=signal.SIGTERM, **changes):
     trainer.update = update_and_stop
     assert trainer.run() == (stop_at is None)
     assert trainer.stop_reason == (by.name if stop_at else "")
-    assert signal.getsignal(by) is handler
     return trainer.agent.save(), run_metrics(logdir)
 
 def run_metrics(logdir):
@@ -1468,7 +1472,7 @@ def test_offline_method_takes_no_environment_steps(tmp_path):
 
 @pytest.mark.parametrize("log_every", [5, 1000])
 def test_non_finite_gradients(log_every, tmp_path, capsys, monkeypatch):
-    """Such updates are skipped and counted; ten in a row end the run, nine do not."""
+    """Such updates are skipped and counted; ten, and one in twenty updates, end the run."""
     clone_loss, counter = cmil.clone_loss, itertools.count(1)
     bad = {2, *range(12, 21), 30, *range(41, 51)}
 
@@ -1477,7 +1481,7 @@ def test_non_finite_gradients(log_every, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cmil, "clone_loss", spoiled)
     changes = dict(pretrain=24, seed_steps=10, steps=50, train_ratio=1.2, log_every=log_every)
     line = refused(capsys, partial(run_train, tmp_path, **changes))
-    assert re.search("ten non-finite .*actor.* in a row.* at update 50", line)
+    assert "too many non-finite actor gradients by update 50" in line
     counts = {line["update"]: line.get("skipped") for line in run_metrics(tmp_path)}
     if log_every == 5:
         assert [counts[update] for update in (5, 10, 25, 35)] == [1, 1, 10, 11]

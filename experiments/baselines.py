@@ -122,9 +122,8 @@ class PixelDAC(PixelAgent):
             layers, nn.Linear(layers.size, self.EMBED), nn.LayerNorm(self.EMBED), nn.Tanh())
         heads = cmil.Critics(c.critics, self.EMBED, action, c.units, c.layers)
         self.critics = nn.ModuleDict({"encoder": encoder, "heads": heads})
-        self.actor = cmil.mlp(self.EMBED, c.units, c.layers, action)
+        self.actor = ScheduledActor(self.EMBED, action, c)
         self.disc = cmil.Discriminator(self.EMBED, action, c.disc_units, c.disc_layers)
-        self.register_buffer("std", torch.ones(()))  # a tensor: a CUDA graph sees it change
         self.set_up(device, targets=heads)
 
     @staticmethod
@@ -135,17 +134,12 @@ class PixelDAC(PixelAgent):
                      "--pretrain 0 and --seed-steps above 0")
 
     def policy(self, frames):
-        return self.pi(self.critics.encoder(frames))
-
-    def pi(self, embed):
-        """(..., 50) -> TruncatedNormal over (..., A)"""
-        loc = torch.tanh(self.actor(embed).float())
-        return cmil.TruncatedNormal(loc, self.std.expand_as(loc), self.c.sample_grad)
+        return self.actor(self.critics.encoder(frames))
 
     def move_targets(self):
         super().move_targets(self.TAU)
         half = self.c.steps * self.c.train_ratio / 2  # updates
-        self.std.fill_(max(0.1, 1 - 0.9 * self.updates / half))
+        self.actor.std.fill_(max(0.1, 1 - 0.9 * self.updates / half))
 
     def embed(self, image, action):
         """Windows of the replay -> embed (L-2, B, 50) of shifted stacks; action (L-2, B, A)."""
@@ -166,7 +160,7 @@ class PixelDAC(PixelAgent):
             disc_loss, info = cmil.discriminator_loss(self.disc, expert, policy, 0.0)  # [P8]
             penalty = gradient_penalty(self.disc, expert, policy)
 
-            pi = self.pi(e)
+            pi = self.actor(e)
             with torch.no_grad():
                 reward = cmil.imitation_reward(self.disc, *policy, c)  # (L-3, B)
                 value = self.targets(e, pi.rsample()).min(0).values  # (L-2, B)
@@ -179,7 +173,19 @@ class PixelDAC(PixelAgent):
             pi_loss = -pi_value.mean()
         losses = {"critics": q_loss, "actor": pi_loss, "disc": disc_loss + self.PENALTY * penalty}
         return losses, {**info, "reward": reward.mean(), "critic/data": q_loss,
-                        "critic/value": target.mean(), "loc": pi.loc.abs().mean()}
+                        "critic/value": target.mean(), "entropy": pi.entropy().mean()}
+
+class ScheduledActor(nn.Module):
+    """pi(a|x) of [Q]: a truncated normal whose std is set from outside."""
+    def __init__(self, inputs, action, c):
+        super().__init__()
+        self.sample_grad = c.sample_grad
+        self.layers = cmil.mlp(inputs, c.units, c.layers, action)
+        self.register_buffer("std", torch.ones(()))  # a tensor: a CUDA graph sees it change
+
+    def forward(self, x):
+        loc = torch.tanh(self.layers(x).float())
+        return cmil.TruncatedNormal(loc, self.std.expand_as(loc), self.sample_grad)
 
 def n_step_target(reward, value, gamma, n):
     """y_t = sum_{k<n} g^k r_{t+k} + g^n v_{t+n}: reward (T-1, B), value (T, B) -> (T-n, B)"""
