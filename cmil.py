@@ -53,7 +53,6 @@ ALGORITHM   put the demonstrations into the replay
 import argparse
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import fcntl
 import json
@@ -1168,8 +1167,8 @@ class Trainer:
 
     def log(self, values):
         """Write a line of metrics.jsonl. experiments/README.md explains every name."""
-        line = {"step": self.step, "update": self.agent.updates}
-        line["time"] = time.monotonic() - self.clock
+        line = {"step": self.step, "update": self.agent.updates,
+                "time": time.monotonic() - self.clock}
         line.update({name: float(value) for name, value in values.items()})
         self.metrics.write(json.dumps(line) + "\n")
         self.metrics.flush()
@@ -1314,11 +1313,10 @@ def write_gif(path, frames, vec, scale=4):
     write_atomically(path, lambda file: imageio.mimsave(file, large, format="GIF", **pace))
 
 def load_checkpoint(folder, agent):
-    """Load a run's newest readable checkpoint into the agent -> its contents, or None."""
-    damaged = []
-    for path in (folder / "checkpoint.pt", folder / "checkpoint.prev.pt"):
-        if not path.exists():
-            continue
+    """Load a run's newest readable checkpoint into the agent -> its contents; None: it has none."""
+    paths = [folder / "checkpoint.pt", folder / "checkpoint.prev.pt"]
+    paths = [path for path in paths if path.exists()]
+    for path in paths:
         try:
             if zipfile.ZipFile(path).testzip():  # torch.load misses flipped bytes
                 raise ValueError("checksum")
@@ -1326,15 +1324,12 @@ def load_checkpoint(folder, agent):
         except (OSError, MemoryError):
             raise  # the file itself may be good
         except Exception as error:  # of many kinds
-            damaged.append(f"{path} cannot be read ({type(error).__name__})")
-            continue
-        if damaged:
-            say(f"{damaged[0]}; going back to {path.name}", sys.stderr)
-        agent.load(state["agent"])
-        return {**state, "path": path}
-    if damaged:
-        die(f"{'; '.join(damaged)}; restore one, or give another folder")
-    return None
+            say(f"{path} cannot be read ({type(error).__name__})", sys.stderr)
+        else:
+            agent.load(state["agent"])
+            return {**state, "path": path}
+    if paths:
+        die(f"{paths[-1]} cannot be read; restore it, or give another folder")
 
 # === Speed: CUDA graph and memory; skip at first reading ==========================================
 
@@ -1377,10 +1372,6 @@ def setup_torch(c):
         die("--device cuda: no CUDA device here; use --device cpu")
     if c.threads:
         torch.set_num_threads(c.threads)
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc: keep freed memory
-        libc.mallopt(-4, 0)   # M_MMAP_MAX: no maps
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give memory back
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return device
 

@@ -5,9 +5,7 @@
 "both" acts, simulates and learns as a training round does. It leaves out episode
 files, checkpoints and evaluations: a run makes them once a round or less.
 """
-import argparse
 import contextlib
-import dataclasses
 import json
 import pathlib
 import resource
@@ -24,18 +22,6 @@ import cmil  # noqa: E402
 import envs  # noqa: E402
 
 SECONDS = 20   # for each of the three measurements
-
-def parse():
-    """Read config fields from the command line -> dict of those given."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: cmil.die(f"{message}; see experiments/bench.py --help")
-    for field in dataclasses.fields(cmil.Config):
-        kind = {"type": type(field.default)}
-        if isinstance(field.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument("--" + field.name.replace("_", "-"), **kind)
-    return vars(parser.parse_args())
 
 def rate(function, device):
     """Return how many calls of `function` fit into a second, after a few untimed ones."""
@@ -88,9 +74,10 @@ def measure(c):
             "device": str(device), "threads": torch.get_num_threads()}
 
 def main():
+    explicit, _ = cmil.parse(sys.argv[1:])
     with tempfile.TemporaryDirectory(prefix="cmil-bench-") as folder:
         try:
-            c = cmil.make_config({**parse(), "logdir": folder, "minutes": 0.0})
+            c = cmil.make_config({**explicit, "logdir": folder, "minutes": 0.0})
             print(json.dumps(measure(c)))
         except envs.UserError as error:
             cmil.die(error)

@@ -4,11 +4,13 @@
     python experiments/figures.py --bound RUN --out bound.png
     python experiments/figures.py --table RUN ...
     python experiments/figures.py --open-loop RUN --out openloop.png
+    python experiments/figures.py --weights RUN --out checkpoint.pt
 
 The first draws the paper's Figure 2: success and the task's own measure, means over seeds with 95%
 bootstrap intervals; runs that differ only in the seed form one curve. The second draws its
 Figure 3: the terms of the bound along one run. The third prints Markdown, from eval.json too. The
-fourth draws a demonstration as a run's world model predicts it.
+fourth draws a demonstration as a run's world model predicts it. The last writes the weights alone,
+in half precision, for cmil.py --eval and cmil.load_policy.
 """
 import argparse
 import json
@@ -245,6 +247,12 @@ def plot_open_loop(folder, out, columns=10, scale=3):
     rows = [np.concatenate(x[pick], 1) for x in (truth, predicted, error)]
     imageio.imwrite(out, np.concatenate(rows).repeat(scale, 0).repeat(scale, 1))
 
+def write_weights(folder, out):
+    """Write the weights of a run's last checkpoint in half precision."""
+    state = torch.load(pathlib.Path(folder) / "checkpoint.pt", weights_only=True)["agent"]
+    weights = {name: weight.half() for name, weight in state["modules"].items()}
+    torch.save({"agent": {**state, "modules": weights, "optimizers": {}}}, out)
+
 def print_table(folders):
     """Print a Markdown table: one row for each method and setting."""
     curves = read_runs(folders)
@@ -293,7 +301,8 @@ def main():
     parser.add_argument("--bound", action="store_true", help="draw the terms of the bound")
     parser.add_argument("--table", action="store_true", help="print a table")
     parser.add_argument("--open-loop", action="store_true", help="draw the model's prediction")
-    parser.add_argument("--out", default="curve.png", help="the picture: .png, .pdf or .svg")
+    parser.add_argument("--weights", action="store_true", help="write the weights")
+    parser.add_argument("--out", default="curve.png", help="the file: .png, .pdf, .svg or .pt")
     parser.add_argument("--x", default="step", choices=list(X_AXES), help="the horizontal axis")
     args = parser.parse_args()
     if args.table:
@@ -302,6 +311,8 @@ def main():
         plot_bound(args.runs[0], args.out)
     elif args.open_loop:
         plot_open_loop(args.runs[0], args.out)
+    elif args.weights:
+        write_weights(args.runs[0], args.out)
     else:
         plot_curves(args.runs, args.out, args.x)
 
