@@ -159,8 +159,7 @@ class Config:
     entropy: float = option(1e-4, "weight of the entropy [C]", at_least=0)
     lr: float = option(3e-4, "Adam's learning rate", above=0)
     disc_lr: float = option(3e-4, "D's learning rate", above=0)
-    lr_decay: float = option(0.0, "share of updates, the last, in which rates fall to 0",
-                             at_least=0, at_most=1)
+    lr_decay: float = option(0.0, "last share, in which rates fall to 0", at_least=0, at_most=1)
     adam_eps: float = option(1e-5, "Adam's epsilon", above=0)
     clip: float = option(100.0, "largest gradient norm", above=0)
     weight_decay: float = option(1e-6, "shrinkage of weights per step", at_least=0)
@@ -655,10 +654,10 @@ class Optimizer:
         self.params = list(module.parameters())
         self.clip = c.clip
         self.capturable = self.params[0].is_cuda and c.graph
-        self.lr, self.rate = lr, torch.tensor(lr, device=self.params[0].device)
+        self.full_lr, self.lr = lr, torch.tensor(lr, device=self.params[0].device)
         # AdamW multiplies weights by 1 - lr * weight_decay; the method wants 1 - c.weight_decay.
         self.adam = torch.optim.AdamW(
-            self.params, self.rate, eps=c.adam_eps, weight_decay=c.weight_decay / lr,
+            self.params, self.lr, eps=c.adam_eps, weight_decay=c.weight_decay / lr,
             fused=True, capturable=self.capturable)
         self.skipped = torch.zeros((), device=self.params[0].device)
 
@@ -682,7 +681,7 @@ class Optimizer:
     def load_state_dict(self, state):
         self.adam.load_state_dict(state["adam"])
         for group in self.adam.param_groups:  # state of another device
-            group.update(capturable=self.capturable, lr=self.rate)
+            group.update(capturable=self.capturable, lr=self.lr)
         self.skipped.copy_(state["skipped"])
 
 class Learner(nn.Module):
@@ -721,26 +720,19 @@ class Learner(nn.Module):
         wanted = self.c.precision == "bfloat16" or (cuda and self.c.precision == "auto")
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
 
-    def update(self, replay, clone=False):
-        """Make one update on losses(replay), or clone_losses(replay) -> info (0-d tensors)."""
+    def update(self, replay, clone=False, rate=1.0):
+        """Make one update on losses(replay), or clone_losses(replay) -> info (0-d tensors).
+        rate: factor of the learning rates."""
         if clone not in self.recorded:
             graphed = self.c.graph and self.device.type == "cuda"
             self.recorded = {clone: CudaGraph(self.take_steps) if graphed else self.take_steps}
         for optimizer in self.optimizers.values():
-            optimizer.rate.fill_(optimizer.lr * self.decay())
+            optimizer.lr.fill_(optimizer.full_lr * rate)
         info = self.recorded[clone](replay, clone)
         self.updates += 1
         if self.targets is not None and self.updates % self.c.target_every == 0:
             self.move_targets()
         return info
-
-    def decay(self):
-        """Return the factor of all learning rates: 1, then falling to 0 at the run's end."""
-        c = self.c
-        if not c.lr_decay:
-            return 1.0
-        total = c.pretrain + max(0, c.steps - c.seed_steps) * c.train_ratio  # updates
-        return max(0.0, min(1.0, (1 - self.updates / total) / c.lr_decay))
 
     def take_steps(self, replay, clone):
         """Take the gradient of each network's own loss alone, then step all optimizers."""
@@ -1020,9 +1012,9 @@ class Trainer:
         """Environment steps so far; offline: those of an online run with as many updates."""
         return self.round * self.per_round + self.steps_in_round
 
-    def updates_due(self):
-        """Updates due by now: `pretrain`, then `train_ratio` per step after seed rounds."""
-        learning = max(0, self.step - self.seed_steps)
+    def updates_due(self, step):
+        """Updates due by a step: `pretrain`, then `train_ratio` per step after seed rounds."""
+        learning = max(0, step - self.seed_steps)
         return self.c.pretrain + int(learning * self.c.train_ratio + 1e-6)  # against rounding
 
     def pretrain(self):
@@ -1062,7 +1054,7 @@ class Trainer:
 
     def learn(self):
         """Make the updates that are due."""
-        due = self.updates_due()
+        due = self.updates_due(self.step)
         while self.agent.updates < due:
             self.update(self.agent.cloning_only)
         seeding = self.step < self.seed_steps
@@ -1072,7 +1064,9 @@ class Trainer:
 
     def update(self, clone):
         """Make one update, and at log steps write its metrics."""
-        info = self.agent.update(self.replay, clone)
+        left = 1 - self.agent.updates / self.updates_due(self.rounds * self.per_round)
+        rate = left / self.c.lr_decay if left < self.c.lr_decay else 1.0
+        info = self.agent.update(self.replay, clone, rate)
         if self.agent.updates % self.c.log_every == 0:
             with torch.random.fork_rng():  # logging must not change what is learned
                 self.log({**info, **self.agent.report(self.replay)})

@@ -1507,6 +1507,19 @@ def test_progress(monkeypatch, capsys):
         "training 140/1000, 2 a second, 7 minutes left",  # 40 in 20 s; 860 / 2 / 60
         "evaluating 10/1000, 0.1 a second, 165 minutes left"]  # 10 in 100 s; 990 / .1 / 60
 
+def test_progress_bar(monkeypatch, capsys):
+    """On a terminal: a bar for each phase, which makes way for text and vanishes."""
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = cmil.Progress()
+    for phase, done in (("training", 100), ("evaluating", 0)):
+        progress.show(phase, done, 1000)
+        cmil.say("hello")
+    cmil.Progress.bar = None
+    out, error = capsys.readouterr()
+    assert out == "hello\n" * 2 and error.endswith("\r")
+    assert re.search("training: +10%.*100/1000.*evaluating: +0%", error, re.DOTALL)
+
 def test_padded_steps_have_no_action(tmp_path, monkeypatch):
     step = envs.Point._step
 
@@ -1912,6 +1925,18 @@ def test_pictures_of_a_real_run(kind, uninterrupted, tmp_path, monkeypatch):
     run_script(monkeypatch, figures, uninterrupted[0], *kind, "--out", tmp_path / "x.png")
     import imageio.v3 as iio
     assert len(np.unique(iio.imread(tmp_path / "x.png"))) > 20
+
+def test_weights_in_half_precision(uninterrupted, tmp_path, monkeypatch, capsys):
+    """They suffice to load the policy and to evaluate it, but not to go on training."""
+    run, state, _ = uninterrupted
+    shutil.copy(run / "config.json", tmp_path)
+    run_script(monkeypatch, figures, "--weights", run, "--out", tmp_path / "checkpoint.pt")
+    assert os.path.getsize(tmp_path / "checkpoint.pt") < 0.3 * os.path.getsize(run / "checkpoint.pt")
+    agent = cmil.load_policy(tmp_path)
+    for name, weight in agent.state_dict().items():
+        near(weight, state["modules"][name], rtol=1e-3, atol=1e-7)
+    cmil.main(["--eval", str(tmp_path), "--episodes", "1"])
+    assert json.loads(capsys.readouterr().out)["update"] == state["updates"]
 
 def test_table_of_methods(tmp_path, monkeypatch, capsys):
     runs = [fake_run(tmp_path / f"{algo}{i}", i, algo, offline=algo == "dbc")
