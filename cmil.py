@@ -78,9 +78,6 @@ from torch import nn
 with contextlib.suppress(ImportError):  # load_policy works without gymnasium
     import demonstrations
     import envs
-tqdm = None
-with contextlib.suppress(Exception):  # optional: a bar on a terminal
-    from tqdm import tqdm
 
 # === Configuration ================================================================================
 # Each field is a flag. The defaults give the paper-size run; presets override them.
@@ -1180,10 +1177,12 @@ class Progress:
         if phase != self.phase:
             self.phase, self.start, self.first, self.shown = phase, now, done, now
             Progress.bar = None  # removes the last one
-            if tqdm and sys.stderr.isatty():
-                Progress.bar = tqdm(desc=phase, initial=done, total=total, leave=False)
+            if sys.stderr.isatty():
+                with contextlib.suppress(Exception):  # tqdm is optional
+                    from tqdm import tqdm
+                    Progress.bar = tqdm(desc=phase, initial=done, total=total, leave=False)
         if self.bar is not None:
-            with contextlib.suppress(OSError):  # the terminal is lost
+            with contextlib.suppress(Exception):  # the terminal is lost
                 self.bar.update(done - self.bar.n)
         elif now - self.shown >= 10 and done > self.first:
             self.shown, rate = now, (done - self.first) / (now - self.start)
