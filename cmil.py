@@ -51,42 +51,45 @@ ALGORITHM   put the demonstrations into the replay
                 one optimizer step each, on gradients taken before any of them (take_steps)
 """
 import argparse
-import contextlib
 import copy
 import dataclasses
 import fcntl
 import json
 import math
+import operator
 import os
-import pathlib
 import signal
 import subprocess
 import sys
 import time
 import zipfile
 import zlib
+from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # else threads that wait block those that work
+if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait would block those that work
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-with contextlib.suppress(ImportError):  # load_policy works without gymnasium
+with suppress(ImportError):  # load_policy works without gymnasium
     import demonstrations
     import envs
 
 # === Configuration ================================================================================
 # Each field is a flag. The defaults give the paper-size run; presets override them.
 
-def option(default, help, choices=(), at_least=-math.inf, above=-math.inf, at_most=math.inf):
-    """Declare a field: its default, its help text, and the values it may take."""
-    return dataclasses.field(default=default, metadata={
-        "help": help, "choices": choices,
-        "at_least": at_least, "above": above, "at_most": at_most})
+LIMITS = {"choices": lambda value, choices: value in choices,
+          "at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
+
+def option(default, help, **limits):
+    """Declare a field: its default, its help text, and limits of its value, as in LIMITS."""
+    return dataclasses.field(default=default, metadata={"help": help, "limits": limits})
 
 @dataclasses.dataclass
 class Config:
@@ -244,7 +247,6 @@ def kl_normal(mean_p, std_p, mean_q, std_q):
 
 class TruncatedNormal:
     """Independent normals truncated to [-1, 1], with loc inside: the policy's distribution.
-
     loc, scale (..., A), float32. log_prob and entropy sum over A and are exact."""
     def __init__(self, loc, scale, sample_grad="exact"):
         self.loc, self.scale, self.sample_grad = loc, scale, sample_grad
@@ -258,7 +260,9 @@ class TruncatedNormal:
         dx/dloc: exact, 1 - [(1-u) phi(low) + u phi(high)] / phi(z); released [C], 1."""
         p = self.cdf_low + torch.rand_like(self.loc) * self.mass
         z = torch.special.ndtri(p.clamp(1e-6, 1 - 1e-6))
-        x = self.loc + self.scale * (z if self.sample_grad == "exact" else z.detach())
+        if self.sample_grad == "released":
+            z = z.detach()
+        x = self.loc + self.scale * z
         inside = x.clamp(-1 + 1e-6, 1 - 1e-6)
         return x + (inside - x).detach()  # straight-through
 
@@ -620,7 +624,6 @@ def target_values(target_critics, dream, reward, c):
 def data_target(disc, value, returns, feat, action, c):
     """y_j of [W8] -> (L-1, B). feat (L, B, F), action (L, B, A): replayed; value, returns (L B,):
     Vbar_0 and Vbar at the start of the rollout from each of their rows.
-
     row j           0        1        2
     pair         (s0,a0)  (s1,a1)               a_j: the action really taken; r_j without penalty
     rollouts               from s1  from s2     imagination from s_{j+1} gives Vbar_0, Vbar there"""
@@ -683,7 +686,6 @@ class Optimizer:
 
 class Learner(nn.Module):
     """What methods share. A subclass assigns its networks, calls set_up(), and defines
-
     losses(replay) -> losses, info: the loss of each network to step, by its name, and what to log;
     clone_losses(replay): the same for pretraining, on demonstrations alone;
     act(image, carry, sample): as Agent.act."""
@@ -718,8 +720,7 @@ class Learner(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
 
     def update(self, replay, clone=False, rate=1.0):
-        """Make one update on losses(replay), or clone_losses(replay) -> info (0-d tensors).
-        rate: factor of the learning rates."""
+        """Update once, by losses or clone_losses, at `rate` times the learning rates -> info."""
         if clone not in self.recorded:
             graphed = self.c.graph and self.device.type == "cuda"
             self.recorded = {clone: CudaGraph(self.take_steps) if graphed else self.take_steps}
@@ -794,8 +795,7 @@ class Agent(Learner):
     @torch.no_grad()
     def act(self, image, carry=None, sample=True):
         """Filter a frame and act: image (N, 64, 64, 3) uint8 -> action (N, A) float32, carry.
-        Pass carry to the next call, None at an episode's start. Without `sample` both
-        latent and action are the distributions' modes."""
+        Pass carry on; None begins an episode. Without `sample`: modes of latent and action."""
         image, N = torch.as_tensor(image, device=self.device), len(image)
         rssm = self.world.rssm
         with self.autocast():
@@ -903,7 +903,6 @@ METHODS = {  # name -> (class, fields it overrides); experiments/baselines.py ad
 
 class Replay:
     """All episodes, demos first, in two preallocated tensors on the learner's device.
-
     Rows are in stored order (action[t] led to image[t]). `start_rows` lists the rows where a
     window fits into one episode. Their count is a tensor, so that a CUDA graph sees it change."""
     def __init__(self, capacity, length, action, device):
@@ -952,7 +951,7 @@ class Trainer:
     """Train in rounds: one episode per environment, and the updates due. Each round ends with a
     checkpoint, so that a resumed run equals one that was never stopped."""
     def __init__(self, c):
-        self.c, self.folder = c, pathlib.Path(c.logdir)
+        self.c, self.folder = c, Path(c.logdir)
         device = setup_torch(c)
         demos = demonstrations.load_demos(
             c.demos, c.env, c.num_demos, min_steps=c.length - 1, **env_options(c))
@@ -988,7 +987,7 @@ class Trainer:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.on_signal)
         try:
-            self.pretrain()  # world model and clone, on the demonstrations alone
+            self.pretrain()
             self.evaluate_if_due()
             while self.round < self.rounds:
                 self.with_workers(self.learn_offline if self.c.offline else self.play_round)
@@ -1015,7 +1014,7 @@ class Trainer:
         return self.c.pretrain + int(learning * self.c.train_ratio + 1e-6)  # against rounding
 
     def pretrain(self):
-        """Make the first updates, with a checkpoint at every log step."""
+        """Make the first updates, of world model and clone, on the demonstrations alone."""
         while self.agent.updates < self.c.pretrain:
             self.update(clone=True)
             self.progress.show("pretraining", self.agent.updates, self.c.pretrain)
@@ -1134,6 +1133,8 @@ class Trainer:
         """Return to the last checkpoint -> its contents, or None."""
         state = load_checkpoint(self.folder, self.agent)
         if state is not None:
+            if "round" not in state:
+                die(f"{self.folder} has weights alone, for --eval; give another --logdir")
             os.replace(state["path"], self.folder / "checkpoint.pt")  # or the previous
             self.round, self.steps_in_round = state["round"], 0
             self.last_eval = state["last_eval"]
@@ -1165,8 +1166,7 @@ class Trainer:
         self.metrics.flush()
 
 class Progress:
-    """Show phase, progress, speed and time left: as a bar on a terminal, where tqdm is
-    installed; else as a line every ten seconds."""
+    """Show a phase, its speed and time left: a bar on a terminal with tqdm, else lines."""
     bar = None
 
     def __init__(self):
@@ -1177,12 +1177,12 @@ class Progress:
         if phase != self.phase:
             self.phase, self.start, self.first, self.shown = phase, now, done, now
             Progress.bar = None  # removes the last one
-            if sys.stderr.isatty():
-                with contextlib.suppress(Exception):  # tqdm is optional
+            if sys.stderr is not None and sys.stderr.isatty():
+                with suppress(ImportError):  # tqdm is optional
                     from tqdm import tqdm
                     Progress.bar = tqdm(desc=phase, initial=done, total=total, leave=False)
         if self.bar is not None:
-            with contextlib.suppress(Exception):  # the terminal is lost
+            with suppress(OSError):  # the terminal is lost
                 self.bar.update(done - self.bar.n)
         elif now - self.shown >= 10 and done > self.first:
             self.shown, rate = now, (done - self.first) / (now - self.start)
@@ -1204,8 +1204,8 @@ def env_options(c):
 
 def task_metrics(info):
     """Return success and the task's measures `log/<name>` of an episode's last info."""
-    own = {name[4:]: info[name] for name in info if name.startswith("log/")}
-    return {name: np.array(x, float) for name, x in {"success": info["success"], **own}.items()}
+    names = ["success", *(name for name in info if name.startswith("log/"))]
+    return {name.removeprefix("log/"): np.array(info[name], float) for name in names}
 
 def rollouts(agent, vec, steps, episodes, seed, stream, sample, progress, check_stop=lambda: None):
     """Run `episodes` episodes of `steps` steps, as many at a time as `vec` has environments.
@@ -1246,12 +1246,12 @@ def open_log(path):
 
 def cut_log(file, size):
     """Shorten an open log to `size` bytes, or to its last whole line before that."""
-    data = pathlib.Path(file.name).read_bytes()[:size]
+    data = Path(file.name).read_bytes()[:size]
     file.seek(file.truncate(data.rfind(b"\n") + 1))
 
 def write_config(c, facts):
     """Write config.json; a resumed run keeps its first facts and adds today's to `resumed`."""
-    path = pathlib.Path(c.logdir) / "config.json"
+    path = Path(c.logdir) / "config.json"
     if path.exists():
         first = json.loads(path.read_text())
         facts = {**first, "resumed": [*first.get("resumed", []), facts]}
@@ -1263,11 +1263,11 @@ def provenance():
     facts = {"command": " ".join(["python", *sys.argv]), "commit": "", "versions": {},
              "python": sys.version.split()[0], "threads": torch.get_num_threads(),
              "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else ""}
-    git = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError):  # no git here
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with suppress(OSError):  # no git here
         facts["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     for name in ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
+        with suppress(metadata.PackageNotFoundError):
             facts["versions"][name] = metadata.version(name)
     return facts
 
@@ -1308,8 +1308,7 @@ def write_gif(path, frames, vec, scale=4):
 def load_checkpoint(folder, agent):
     """Load a run's newest readable checkpoint into the agent -> its contents; None: it has none."""
     paths = [folder / "checkpoint.pt", folder / "checkpoint.prev.pt"]
-    paths = [path for path in paths if path.exists()]
-    for path in paths:
+    for path in filter(Path.exists, paths):
         try:
             if zipfile.ZipFile(path).testzip():  # torch.load misses flipped bytes
                 raise ValueError("checksum")
@@ -1321,14 +1320,13 @@ def load_checkpoint(folder, agent):
         else:
             agent.load(state["agent"])
             return {**state, "path": path}
-    if paths:
-        die(f"{paths[-1]} cannot be read; restore it, or give another folder")
+    if any(map(Path.exists, paths)):
+        die(f"{path} cannot be read; restore it, or give another folder")
 
 # === Speed: CUDA graph and memory; skip at first reading ==========================================
 
 class CudaGraph:
     """step(replay, clone), recorded as a CUDA graph and then replayed: one launch, not thousands.
-
     The first calls run normally: they are real steps, and create what recording needs. Recording
     computes nothing. A replayed step overwrites what the last one returned."""
     def __init__(self, step, warm_up=3):
@@ -1412,19 +1410,20 @@ def make_config(explicit):
             base.pop("episode_steps", None)  # the preset's is for all tasks
     else:
         base = {**stored, "minutes": 0.0}
-    given = {name: value for name, value in explicit.items() if (name, value) != ("preset", "auto")}
-    differ = [f"{flag(name)} {value} (the run's: {stored[name]})" for name, value in given.items()
-              if stored and name not in RESUME_MAY_CHANGE and value != stored[name]]
-    if differ:
-        die(f"{logdir}: cannot change {', '.join(differ)}; give another --logdir")
-    c = Config(**{**base, **given, "logdir": str(logdir)})
+    if c.preset == "auto":
+        explicit = {**explicit, "preset": base["preset"]}
+    for name, value in explicit.items():
+        if stored and name not in RESUME_MAY_CHANGE and value != stored[name]:
+            change = f"{flag(name)} {value} (the run's: {stored[name]})"
+            die(f"{logdir}: cannot change {change}; give another --logdir")
+    c = Config(**{**base, **explicit, "logdir": str(logdir)})
     check_config(c)
     METHODS[c.algo][0].check(c)
     return c
 
 def read_config(run):
     """Return a run's config.json, with its config checked; None if there is none."""
-    path = pathlib.Path(run) / "config.json"
+    path = Path(run) / "config.json"
     if not path.exists():
         if path.with_name("checkpoint.pt").exists():
             die(f"{path} is missing: restore it")
@@ -1438,26 +1437,21 @@ def read_config(run):
     return {**stored, "config": dataclasses.asdict(c)}
 
 def check_config(c):
-    """Refuse an unknown method, and values outside their choices or bounds, in one line."""
+    """Refuse an unknown method, and values outside their limits (NaN too), in one line."""
     if c.algo not in METHODS:
         die(f"--algo {c.algo}: cmil.py has {', '.join(METHODS)}; for bc, ditto and pdac run "
             f"python experiments/baselines.py --algo {c.algo}")
     for field in dataclasses.fields(c):
-        value, limit = getattr(c, field.name), field.metadata
-        fine = value in limit["choices"] if limit["choices"] else True
-        if type(field.default) in (int, float):  # NaN is outside all bounds
-            fine = limit["at_least"] <= value <= limit["at_most"] and value > limit["above"]
-        if not fine:
-            told = [f"{name.replace('_', ' ')} {limit[name]}" for name in limit
-                    if name != "help" and limit[name] not in ((), -math.inf, math.inf)]
-            die(f"{flag(field.name)} {value}: expected {', '.join(told)}")
+        value = getattr(c, field.name)
+        for name, limit in field.metadata["limits"].items():
+            if not LIMITS[name](value, limit):
+                expected = f"{name.replace('_', ' ')} {limit}"
+                die(f"{flag(field.name)} {value}: expected {expected}")
 
 def load_policy(run, **changes):
     """Load a run's trained agent; torch and numpy suffice. changes: fields of EVAL_MAY_CHANGE.
-
         action, carry = agent.act(image[None], carry, sample=False)  # carry: None at the start
-        action = agent.in_env_units(action[0])  # before: in [-1, 1]
-    """
+        action = agent.in_env_units(action[0])  # before: in [-1, 1]"""
     stored = read_config(run)
     if stored is None:
         die(f"{run}: no config.json there; give the folder of a run")
@@ -1467,7 +1461,7 @@ def load_policy(run, **changes):
     check_config(c)
     agent = METHODS[c.algo][0](c, stored["action_dim"], setup_torch(c))
     agent.bounds = np.array(stored["action_low"]), np.array(stored["action_high"])
-    state = load_checkpoint(pathlib.Path(run), agent)
+    state = load_checkpoint(Path(run), agent)
     if state is None:
         die(f"{run} has no checkpoint.pt yet; train it first")
     return agent
@@ -1486,8 +1480,9 @@ def evaluate_run(run, episodes, video, changes):
         report[name] = {key: float(value.mean()) for key, value in results.items()}
         report[name]["success_ci95"] = bootstrap_ci(results["success"])
         if video and not sample:
-            write_gif(pathlib.Path(video), frames, vec)
+            write_gif(Path(video), frames, vec)
     envs.close(vec)
+    Progress.bar = None  # removes it
     print(json.dumps(report))
 
 def main(argv=None):

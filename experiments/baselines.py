@@ -12,11 +12,10 @@ SOURCES  [T] DITTO: DeMoss et al. 2023, arXiv 2302.03086
 import pathlib
 import sys
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import cmil  # noqa: I001  one folder up; before torch, for it sets how OpenMP waits
 import torch
 from torch import nn
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import cmil  # noqa: E402  one folder up
 
 
 class Ditto(cmil.Agent):
@@ -110,8 +109,8 @@ class PixelDAC(PixelAgent):
     rewards                r2   r3   r4           r_t = D's logit of (e_t, a_t)
     target     y2 = r2 + g r3 + g^2 r4 + g^3 min_i Qbar_i(e5, a'),  a' ~ pi(.|e5)
 
-    Departures: D and actor see the critics' embedding ([Q]: a trunk each); layers are CMIL's;
-    episodes have a fixed length, hence no absorbing states; a batch is all of B windows."""
+    Departures: D and actor see the critics' embedding ([Q]: a trunk each); sizes and rates are
+    CMIL's; episodes have a fixed length, hence no absorbing states; a batch is all of B windows."""
     FRAMES, STEPS, PENALTY, EMBED, TAU = 3, 3, 10.0, 50, 0.01
 
     def __init__(self, c, action, device):
@@ -138,7 +137,7 @@ class PixelDAC(PixelAgent):
 
     def move_targets(self):
         super().move_targets(self.TAU)
-        half = self.c.steps * self.c.train_ratio / 2  # updates
+        half = (self.c.steps - self.c.seed_steps) * self.c.train_ratio / 2  # updates
         self.actor.std.fill_(max(0.1, 1 - 0.9 * self.updates / half))
 
     def embed(self, image, action):

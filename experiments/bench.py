@@ -14,12 +14,11 @@ import tempfile
 import time
 from functools import partial
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import cmil  # noqa: I001  before torch, for it sets how OpenMP waits
+import envs
 import numpy as np
 import torch
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import cmil  # noqa: E402
-import envs  # noqa: E402
 
 SECONDS = 20  # for each of the three measurements
 

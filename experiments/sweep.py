@@ -41,15 +41,17 @@ def commands(args, flags, variant, seed):
 def train_and_evaluate(run, train, evaluate):
     """Make one run and write its eval.json."""
     print(shlex.join(train), flush=True)
-    if subprocess.run(train).returncode:
+    done = subprocess.run(train)
+    if done.returncode == 0 and finished(run):
+        done = subprocess.run(evaluate, stdout=subprocess.PIPE, text=True)
+        if done.returncode == 0:
+            (run / "eval.json").write_text(done.stdout.splitlines()[-1] + "\n")
+            return
+    if done.returncode > 0:
         cmil.die(f"{run} failed (see above)")
-    if not finished(run):  # a signal or --minutes ended it
-        cmil.say(f"{run} was stopped; the same command continues the sweep", sys.stderr)
-        raise SystemExit(3)
-    answer = subprocess.run(evaluate, stdout=subprocess.PIPE, text=True)
-    if answer.returncode:
-        cmil.die(f"{run}: its evaluation failed (see above)")
-    (run / "eval.json").write_text(answer.stdout.splitlines()[-1] + "\n")
+    # A signal (returncode < 0 where it came before cmil.py was ready) or --minutes ended it.
+    cmil.say(f"{run} was stopped; the same command continues the sweep", sys.stderr)
+    raise SystemExit(3)
 
 def finished(run):
     """Return whether a run has made all of its steps."""
