@@ -681,7 +681,7 @@ class Optimizer:
     def load_state_dict(self, state):
         self.adam.load_state_dict(state["adam"])
         for group in self.adam.param_groups:  # state of another device
-            group.update(capturable=self.capturable, lr=self.lr)
+            group.update(capturable=self.capturable, lr=self.lr.fill_(group["lr"]))
         self.skipped.copy_(state["skipped"])
 
 class Learner(nn.Module):
@@ -1353,7 +1353,7 @@ class CudaGraph:
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.info = self.step(replay, clone)
         except RuntimeError as error:
-            cause = str(error.__context__ or error).splitlines()[0]  # the first cause
+            cause = str(error.__context__ or error).splitlines()[0]
             die(f"no CUDA graph of an update ({cause}); use --no-graph")
 
 def setup_torch(c):
