@@ -71,7 +71,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait would block those that work
+if "OMP_WAIT_POLICY" not in os.environ:  # waiting threads would block others
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 import torch.nn.functional as F
@@ -260,9 +260,7 @@ class TruncatedNormal:
         dx/dloc: exact, 1 - [(1-u) phi(low) + u phi(high)] / phi(z); released [C], 1."""
         p = self.cdf_low + torch.rand_like(self.loc) * self.mass
         z = torch.special.ndtri(p.clamp(1e-6, 1 - 1e-6))
-        if self.sample_grad == "released":
-            z = z.detach()
-        x = self.loc + self.scale * z
+        x = self.loc + self.scale * (z if self.sample_grad == "exact" else z.detach())
         inside = x.clamp(-1 + 1e-6, 1 - 1e-6)
         return x + (inside - x).detach()  # straight-through
 
@@ -461,8 +459,7 @@ class RSSM(nn.Module):
 
     def observe(self, embed, action):
         """Filter windows: embed (L, B, E), action (L, B, A) -> posterior State (L, B, ...).
-        A window may begin in mid-episode, where neither s_{-1} nor its past is known: the scan
-        begins with a zero state and a zero action. It uses no prior; see drawn_prior."""
+        A window may begin in mid-episode: the scan begins with a zero state and a zero action."""
         length, batch = action.shape[:2]
         action = torch.cat([torch.zeros_like(action[:1]), action[1:]])
         states = [self.initial(batch)]
@@ -659,7 +656,7 @@ class Optimizer:
         self.adam = torch.optim.AdamW(
             self.params, self.lr, eps=c.adam_eps, weight_decay=c.weight_decay / lr,
             fused=True, capturable=self.capturable)
-        self.skipped = torch.zeros((), device=self.params[0].device)
+        self.skipped = torch.zeros(2, device=self.params[0].device)  # in all, in a row
 
     def step(self, grads):
         """Update the network once -> the gradient's norm before clipping. No host sync."""
@@ -673,6 +670,7 @@ class Optimizer:
         self.adam.step()
         self.adam.zero_grad()
         self.skipped += bad
+        self.skipped[1] *= bad
         return norm
 
     def state_dict(self):
@@ -754,7 +752,7 @@ class Learner(nn.Module):
 
     def report(self, replay):
         """Return what to log beside the update's own info."""
-        return {"skipped": sum(o.skipped for o in self.optimizers.values())}
+        return {"skipped": sum(o.skipped[0] for o in self.optimizers.values())}
 
     def save(self):
         """Return all that an update changes: tensors (not copies) and plain values only."""
@@ -984,8 +982,8 @@ class Trainer:
 
     def run(self):
         """Train to the end or to a stop -> True if the run is complete."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self.on_signal)
+        signals = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+        handlers = [signal.signal(number, self.on_signal) for number in signals]
         try:
             self.pretrain()
             self.evaluate_if_due()
@@ -1002,6 +1000,8 @@ class Trainer:
         finally:
             envs.close(self.vec)
             self.metrics.close()
+            for number, handler in zip(signals, handlers):
+                signal.signal(number, handler)
 
     @property
     def step(self):
@@ -1011,7 +1011,7 @@ class Trainer:
     def updates_due(self, step):
         """Updates due by a step: `pretrain`, then `train_ratio` per step after seed rounds."""
         learning = max(0, step - self.seed_steps)
-        return self.c.pretrain + int(learning * self.c.train_ratio + 1e-6)  # against rounding
+        return self.c.pretrain + int(learning * self.c.train_ratio + 1e-6)
 
     def pretrain(self):
         """Make the first updates, of world model and clone, on the demonstrations alone."""
@@ -1066,10 +1066,10 @@ class Trainer:
         if self.agent.updates % self.c.log_every == 0:
             with torch.random.fork_rng():  # logging must not change what is learned
                 self.log({**info, **self.agent.report(self.replay)})
-        updates = self.agent.updates
         for name, optimizer in self.agent.optimizers.items():
-            if updates % 10 == 0 and optimizer.skipped >= 10 + updates / 20:
-                die(f"too many {name} gradients are not finite; begin anew with a lower --lr")
+            if self.agent.updates % 10 == 0 and optimizer.skipped[1] >= 10:
+                die(f"ten non-finite {name} gradients in a row at update {self.agent.updates}; "
+                    "begin anew with a lower --lr")
 
     def evaluate_if_due(self):
         """Evaluate after pretraining, every `eval_every` steps, and at the end."""
@@ -1097,7 +1097,7 @@ class Trainer:
             try:
                 return job()
             except envs.WORKER_GONE as error:
-                self.check_stop()  # a scheduler's signal reaches the workers too
+                self.check_stop()  # a signal reaches workers too
                 if self.c.num_envs == 1:
                     raise  # the environment's own error
                 codes = [process.exitcode for process in self.vec.processes]
@@ -1135,7 +1135,7 @@ class Trainer:
         if state is not None:
             if "round" not in state:
                 die(f"{self.folder} has weights alone, for --eval; give another --logdir")
-            os.replace(state["path"], self.folder / "checkpoint.pt")  # or the previous
+            os.replace(state["path"], self.folder / "checkpoint.pt")
             self.round, self.steps_in_round = state["round"], 0
             self.last_eval = state["last_eval"]
             cut_log(self.metrics, state["metrics_bytes"])
@@ -1176,8 +1176,8 @@ class Progress:
         now = time.monotonic()
         if phase != self.phase:
             self.phase, self.start, self.first, self.shown = phase, now, done, now
-            Progress.bar = None  # removes the last one
-            if sys.stderr is not None and sys.stderr.isatty():
+            Progress.bar = None  # removes it
+            if sys.stderr and sys.stderr.isatty():
                 with suppress(ImportError):  # tqdm is optional
                     from tqdm import tqdm
                     Progress.bar = tqdm(desc=phase, initial=done, total=total, leave=False)
@@ -1241,7 +1241,7 @@ def open_log(path):
     except BlockingIOError:
         die(f"{path} is in use by another process; give another --logdir")
     except OSError:
-        pass  # this file system has no locks
+        pass  # no locks here
     return file
 
 def cut_log(file, size):
@@ -1315,7 +1315,7 @@ def load_checkpoint(folder, agent):
             state = torch.load(path, weights_only=True, map_location="cpu")
         except (OSError, MemoryError):
             raise  # the file itself may be good
-        except Exception as error:  # of many kinds
+        except Exception as error:
             say(f"{path} cannot be read ({type(error).__name__})", sys.stderr)
         else:
             agent.load(state["agent"])

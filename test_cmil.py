@@ -956,11 +956,11 @@ def test_non_finite_gradient_changes_nothing(poison):
     optimizer = cmil.Optimizer(net, 0.01, config())
     for value in (1.0, poison, poison, 1.0):
         optimizer.step([torch.ones(3, 4), torch.tensor([1.0, 1.0, value])])
-        adam = optimizer.adam.state_dict()["state"]
-        states.append(copy.deepcopy([optimizer.skipped.item(), net.state_dict(), adam]))
+        counts, adam = tuple(optimizer.skipped.tolist()), optimizer.adam.state_dict()["state"]
+        states.append(copy.deepcopy([counts, net.state_dict(), adam]))
     first, second, third, last = states
     assert same(first[1:], second[1:]) and same(first[1:], third[1:])
-    assert [count for count, *_ in states] == [0, 1, 2, 2]
+    assert [counts for counts, *_ in states] == [(0, 0), (1, 1), (2, 2), (2, 0)]
     assert not same(last[1], first[1]) and last[2][0]["step"] == 2
 
 def test_targets_are_copied_on_schedule_only():
@@ -1001,11 +1001,10 @@ def test_acting_samples_latents_and_actions(algo):
     assert (first != second).all() and (first[0] != first[1]).all()
     assert np.abs(first).max() <= 1 and first.dtype == np.float32
     assert algo != "cmil" or (carry[0].stoch != carry2[0].stoch).all()
-    if algo == "pdac":
-        return
     actor, = (module for module in agent.modules() if isinstance(module, cmil.Actor))
     nn.init.constant_(actor.layers[-1].bias, -100)
-    near(actor(torch.randn(3, actor.layers[0].in_features)).scale, np.full((3, 2), 0.04))
+    if algo != "pdac":
+        near(actor(torch.randn(3, actor.layers[0].in_features)).scale, np.full((3, 2), 0.04))
 
 def test_open_loop():
     """Predictions see the context's frames and all actions, never the later frames."""
@@ -1220,7 +1219,7 @@ TWO = dict(num_envs=2, steps=80, train_ratio=0.2, eval_every=40)  # 4 rounds, tw
 
 def run_train(logdir, stop_at=None, by=signal.SIGTERM, **changes):
     """Train, or stop by a signal when `stop_at` updates are made -> state, metrics."""
-    trainer = cmil.Trainer(run_config(logdir, **changes))
+    trainer, handler = cmil.Trainer(run_config(logdir, **changes)), signal.getsignal(by)
     update = trainer.update
 
     def update_and_stop(clone):
@@ -1230,6 +1229,7 @@ def run_train(logdir, stop_at=None, by=signal.SIGTERM, **changes):
     trainer.update = update_and_stop
     assert trainer.run() == (stop_at is None)
     assert trainer.stop_reason == (by.name if stop_at else "")
+    assert signal.getsignal(by) is handler
     return trainer.agent.save(), run_metrics(logdir)
 
 def run_metrics(logdir):
@@ -1467,7 +1467,7 @@ def test_learning_rates_fall_to_zero_at_the_end(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("log_every", [5, 1000])
 def test_non_finite_gradients(log_every, tmp_path, capsys, monkeypatch):
-    """Such updates are skipped and counted; ten, and one in twenty updates, end the run."""
+    """Such updates are skipped and counted; ten in a row end the run, nine do not."""
     clone_loss, counter = cmil.clone_loss, itertools.count(1)
     bad = {2, *range(12, 21), 30, *range(41, 51)}
 
@@ -1476,7 +1476,7 @@ def test_non_finite_gradients(log_every, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cmil, "clone_loss", spoiled)
     changes = dict(pretrain=24, seed_steps=10, steps=50, train_ratio=1.2, log_every=log_every)
     line = refused(capsys, partial(run_train, tmp_path, **changes))
-    assert "too many actor gradients are not finite" in line
+    assert re.search("ten non-finite .*actor.* in a row.* at update 50", line)
     counts = {line["update"]: line.get("skipped") for line in run_metrics(tmp_path)}
     if log_every == 5:
         assert [counts[update] for update in (5, 10, 25, 35)] == [1, 1, 10, 11]

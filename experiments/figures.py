@@ -68,6 +68,8 @@ def read_run(folder):
         log = [json.loads(line) for line in lines if line.endswith("\n")]
         final = path / "eval.json"
         final = json.loads(final.read_text()) if final.exists() else {}
+        if final and "success_ci95" not in final.get("modes", final.get("sampled", {})):
+            raise ValueError("eval.json holds neither modes nor sampled")
         if not [entry for entry in log if "eval/return" in entry]:
             cmil.die(f"{folder}: metrics.jsonl holds no evaluation yet")
         env = ", ".join(name for name in (config["env"], config.get("tasks")) if name)
@@ -282,19 +284,22 @@ def main():
     parser.error = lambda message: cmil.die(f"{message}; see experiments/figures.py --help")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs")
     parser.add_argument("--table", action="store_true", help="print a table")
-    for name, make in (("bound", plot_bound), ("open-loop", plot_open_loop),
-                       ("weights", write_weights)):
+    makers = {"bound": plot_bound, "open-loop": plot_open_loop, "weights": write_weights}
+    for name, make in makers.items():
         parser.add_argument(f"--{name}", dest="make", action="store_const", const=make,
                             help=make.__doc__.split("\n")[0])
     parser.add_argument("--out", default="curve.png", help="the file: .png, .pdf, .svg or .pt")
     parser.add_argument("--x", default="step", choices=list(X_AXES), help="the horizontal axis")
     args = parser.parse_args()
-    if args.table:
-        print_table(args.runs)
-    elif args.make:
-        args.make(args.runs[0], args.out)
-    else:
-        plot_curves(args.runs, args.out, args.x)
+    try:
+        if args.table:
+            print_table(args.runs)
+        elif args.make:
+            args.make(args.runs[0], args.out)
+        else:
+            plot_curves(args.runs, args.out, args.x)
+    except (OSError, ValueError) as error:
+        cmil.die(f"--out {args.out}: cannot write it ({error})")
 
 if __name__ == "__main__":
     main()

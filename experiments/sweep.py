@@ -5,8 +5,7 @@
 
 A variant adds its flags to those after --; its runs are --out/<method>[-flags]-s<seed>. The
 same command resumes a sweep: it skips runs with an eval.json and continues interrupted ones.
---dry-run prints a command for each run instead, for a cluster's array job. A sweep whose run was
-stopped ends with exit code 3.
+--dry-run prints a command for each run, for an array job. A stopped sweep exits with code 3.
 """
 import argparse
 import itertools
@@ -86,9 +85,8 @@ def main():
         run, train, evaluate = commands(args, flags, variant, seed)
         runs.append(run)
         if args.dry_run:
-            print(shlex.join([sys.executable, sys.argv[0], "--out", args.out,
-                              "--seeds", str(seed), "--variants", variant,
-                              "--episodes", str(args.episodes),
+            print(shlex.join([sys.executable, sys.argv[0], "--out", args.out, "--seeds",
+                              str(seed), "--variants", variant, "--episodes", str(args.episodes),
                               "--eval-seed", str(args.eval_seed), "--", *flags]))
         elif not (run / "eval.json").exists():
             train_and_evaluate(run, train, evaluate)
