@@ -101,17 +101,18 @@ class PixelDAC(PixelAgent):
     """pdac: discriminator-actor-critic from pixels without a model, the baseline of [P].
 
     From [A]: D's logit as reward, gradient penalty 10. From [Q]: shifts of 4 pixels, stacks, 3-step
-    returns, an embedding of 50, targets that follow at a rate of .01, a std of the policy that
-    falls from 1 to .1 (here in the first half of the run).
+    returns, an embedding of 50, targets that follow at a rate of .01, Adam's epsilon, samples with
+    gradient 1 and a std that falls from 1 to .1 (here in the first half of the run).
 
     row t        0    1    2    3    4    5       n = 3
     stacks     [x0   x1   x2]  and  [x3 x4 x5]    embed e2 and e5: a stack stands at its last row
     rewards                r2   r3   r4           r_t = D's logit of (e_t, a_t)
     target     y2 = r2 + g r3 + g^2 r4 + g^3 min_i Qbar_i(e5, a'),  a' ~ pi(.|e5)
 
-    Departures: D and actor see the critics' embedding ([Q]: a trunk each); sizes and rates are
-    CMIL's; episodes have a fixed length, hence no absorbing states; a batch is all of B windows."""
-    FRAMES, STEPS, PENALTY, EMBED, TAU = 3, 3, 10.0, 50, 0.01
+    Departures: D and actor see the critics' embedding ([Q]: a trunk each); the policy's output
+    before tanh is kept small; sizes and rates are CMIL's; episodes have a fixed length, hence no
+    absorbing states; a batch is all of B windows."""
+    FRAMES, STEPS, PENALTY, EMBED, TAU, SMALL = 3, 3, 10.0, 50, 0.01, 0.01
 
     def __init__(self, c, action, device):
         super().__init__(c)
@@ -120,8 +121,7 @@ class PixelDAC(PixelAgent):
             layers, nn.Linear(layers.size, self.EMBED), nn.LayerNorm(self.EMBED), nn.Tanh())
         heads = cmil.Critics(c.critics, self.EMBED, action, c.units, c.layers)
         self.critics = nn.ModuleDict({"encoder": encoder, "heads": heads})
-        self.actor = ScheduledActor(
-            self.EMBED, action, c.units, c.layers, c.min_std, c.sample_grad)
+        self.actor = ScheduledActor(self.EMBED, action, c)
         self.disc = cmil.Discriminator(self.EMBED, action, c.disc_units, c.disc_layers)
         self.set_up(device, targets=heads)
 
@@ -156,7 +156,7 @@ class PixelDAC(PixelAgent):
                 expert = cmil.state_action_pairs(*self.embed(*replay.sample_demos(c.batch)))
             e = embed.detach()
             policy = cmil.state_action_pairs(e, action)  # (L-3, B, ...)
-            disc_loss, info = cmil.discriminator_loss(self.disc, expert, policy, 0.0)  # [P8]
+            disc_loss, info = cmil.discriminator_loss(self.disc, expert, policy, 0)  # [P8]
             penalty = gradient_penalty(self.disc, expert, policy)
 
             pi = self.actor(e)
@@ -169,19 +169,22 @@ class PixelDAC(PixelAgent):
             q_loss = (q - target).square().mean((1, 2)).sum()
 
             pi_value = self.critics.heads(e, pi.rsample()).min(0).values  # (L-2, B)
-            pi_loss = -pi_value.mean()
+            output = self.actor.layers(e)  # far from 0, tanh has no slope
+            pi_loss = self.SMALL * output.square().sum(-1).mean() - pi_value.mean()
         losses = {"critics": q_loss, "actor": pi_loss, "disc": disc_loss + self.PENALTY * penalty}
         return losses, {**info, "reward": reward.mean(), "critic/data": q_loss,
                         "critic/value": target.mean(), "entropy": pi.entropy().mean()}
 
-class ScheduledActor(cmil.Actor):
+class ScheduledActor(nn.Module):
     """pi(a|x) of [Q]: a truncated normal whose std is set from outside."""
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        self.register_buffer("std", torch.ones(()))  # a tensor: a CUDA graph sees it change
+    def __init__(self, inputs, action, c):
+        super().__init__()
+        self.sample_grad = c.sample_grad
+        self.layers = cmil.mlp(inputs, c.units, c.layers, action)
+        self.register_buffer("std", torch.ones(()))  # CUDA graphs see it change
 
     def forward(self, x):
-        loc = super().forward(x).loc
+        loc = torch.tanh(self.layers(x).float())
         return cmil.TruncatedNormal(loc, self.std.expand_as(loc), self.sample_grad)
 
 def n_step_target(reward, value, gamma, n):
@@ -206,7 +209,7 @@ def random_shift(x, pad=4):
 cmil.METHODS.update({
     "bc": (PixelBC, dict(reward="none", offline=True)),
     "ditto": (Ditto, dict(members=1, beta=0.0, offline=True)),
-    "pdac": (PixelDAC, dict(pretrain=0, target_every=1)),
+    "pdac": (PixelDAC, dict(pretrain=0, target_every=1, adam_eps=1e-8, sample_grad="released")),
 })
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@
     python experiments/figures.py --open-loop RUN --out openloop.png
     python experiments/figures.py --weights RUN --out checkpoint.pt
 
-1: the paper's Figure 2: means over seeds with 95% bootstrap intervals; runs that differ only in the
-seed form one curve. 2: its Figure 3, along one run. 3: Markdown. 4: a demonstration as a run's
-model predicts it. 5: weights in half precision, for cmil.py --eval and cmil.load_policy.
+1: the paper's Figure 2, a curve for the seeds of a method: mean and 95% bootstrap interval. 2: its
+Figure 3. 3: Markdown. 4: a demonstration as a run's model predicts it. 5: half-precision weights.
 """
 import argparse
 import json
@@ -114,7 +113,6 @@ def measures(curves):
 
 def curve(seeds, key, x):
     """Average the evaluations of several seeds -> x, mean, low, high, each (P,).
-
     There is a point wherever one of the seeds was evaluated, within the range that all of them
     cover; the other seeds are interpolated there."""
     lines = [[(entry[x], entry[key]) for entry in run.log if key in entry] for run in seeds]
@@ -189,7 +187,6 @@ BOUND = {
 
 def bound_term(log, key):
     """Read a term of the bound from a run's log -> steps, values scaled to [0, 1].
-
     The return becomes a gap: how far it lies below the run's best evaluation. The other terms
     begin where the discriminator does, and are running means over a tenth of their points."""
     points = [(entry["step"], entry[key]) for entry in log
@@ -248,7 +245,7 @@ def print_table(folders):
     results = [run.final[kind] for run in runs for kind in KINDS if kind in run.final]
     own = dict.fromkeys(name for result in results for name in result
                         if name not in HIDDEN and result[name] != result["success"])
-    names = ["success", *own]
+    names = ["success", *own] if any(result["success"] for result in results) else ["return"]
     head = ["method", *(f"{LABELS.get(name, name)}: modes / sampled" for name in names),
             "seeds", "episodes", "steps", "updates", "minutes"]
     print(f"| {' | '.join(head)} |")
