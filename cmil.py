@@ -890,7 +890,7 @@ class Agent(Learner):
             _, spread = self.open_loop(*replay.sample_demos(self.c.batch))
         return {**super().report(replay), "uncertainty_expert": spread.mean()}
 
-METHODS = {  # name -> (class, fields it overrides); experiments/baselines.py adds methods
+METHODS = {  # name -> (class, fields it overrides); baselines.py adds methods
     "cmil": (Agent, {}),
     "vmail": (Agent, dict(members=1, alpha=0.0, beta=0.0, seed_steps=0)),
     "dgail": (Agent, dict(members=1, alpha=0.0, beta=0.0, offline=True)),
@@ -970,8 +970,7 @@ class Trainer:
         self.replay = Replay(rows, c.length, self.env_info["action_dim"], self.agent.device)
         for demo in demos:
             self.replay.add(demo["image"], demo["action"], demo=True)
-        actions = self.replay.action[:self.replay.rows].cpu().numpy()  # of the demonstrations
-        self.demos_checksum = zlib.crc32(actions)  # wherever their files lie
+        self.demos_checksum = zlib.crc32(self.replay.action[:self.replay.rows].cpu().numpy())
         self.metrics = open_log(self.folder / "metrics.jsonl")
         self.resume()
         write_config(c, {**provenance(), **self.env_info, "update": self.agent.updates})
@@ -1487,7 +1486,8 @@ def evaluate_run(run, episodes, video, changes):
 
 def main(argv=None):
     explicit, args = parse(argv)
-    import envs  # a clear ImportError where gymnasium is missing
+    import envs  # a clear error without gymnasium
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before run()
     try:
         if args.eval is None:
             Trainer(make_config(explicit)).run()
