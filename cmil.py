@@ -1438,8 +1438,8 @@ def read_config(run):
 def check_config(c):
     """Refuse an unknown method, and values outside their limits (NaN too), in one line."""
     if c.algo not in METHODS:
-        die(f"--algo {c.algo}: cmil.py has {', '.join(METHODS)}; for bc, ditto and pdac run "
-            f"python experiments/baselines.py --algo {c.algo}")
+        die(f"--algo {c.algo}: cmil.py has {', '.join(METHODS)}; experiments/baselines.py has "
+            "bc, ditto and pdac")
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
         for name, limit in field.metadata["limits"].items():

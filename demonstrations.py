@@ -64,7 +64,7 @@ def _sources(path):
     path = Path(path).expanduser()
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     good = path.exists() and files
-    _expect(good, f"{path}: not there; give an .npz file or a folder of them")
+    _expect(good, f"{path}: not there; give --demos an .npz file or a folder of them")
     return files
 
 def _load(source, env, name, limit, notes):
@@ -157,7 +157,7 @@ def _split(env, image, action, episode_ends=None, terminated=None):
     _expect(good, f"episode_ends is {ends}: expected the number of images up to each "
             f"episode's end, {rows} at the last")
     fewer = (rows - len(action)) / len(ends)  # 1: Gymnasium's order, 0: Dreamer's
-    found = f"{len(ends)} episodes have {rows} images and {len(action)} actions"
+    found = f"{len(ends)} episode(s) have {rows} images and {len(action)} actions"
     _expect(fewer in (0, 1), f"{found}: expected one action fewer than images in each "
             "(Gymnasium's order) or as many (Dreamer's)")
     cuts = ends[:-1]

@@ -39,7 +39,6 @@ class UserError(ValueError):
 
 class PixelEnv(gym.Env):
     """Give an environment pixels, checked actions and episodes of exactly T steps.
-
     A subclass defines `_reset(seed)` and `_step(action)`, which returns the task's own reward and
     lists in `completed` which `tasks` are done; success is all of them. It also defines `qpos`, the
     positions (nq,); `draw(qpos)`, their picture; `tasks_in(qpos)`, what (T+1, nq) complete."""
@@ -121,7 +120,6 @@ def _draw_disc(image, centre, radius, colour):
 
 class Point(PixelEnv):
     """Move a point robot through a gap and to the goal, without touching a wall.
-
     Two actions push along x and y. The robot has inertia, so one frame does not show its velocity.
     A wall stops the robot and fails the episode, which goes on. Success is final: goal reached,
     no wall touched. qpos: x, y and whether a wall was touched."""
@@ -565,7 +563,6 @@ class Baoding(Simulated):
 
 class Generic(PixelEnv):
     """Show any Gymnasium environment with bounded, continuous actions through 64x64 pixels.
-
     Frames: the observation if that is an RGB picture, else render(). Actions in [-1, 1] are scaled
     to the environment's bounds. An episode that ends early stays on its last frame, without reward,
     until step T (`padded` in info). Success: info["success"] or info["is_success"] was true at any
@@ -581,6 +578,8 @@ class Generic(PixelEnv):
         super().__init__(box.shape[0], steps)
         self.action_low = box.low.tolist()
         self.action_high = box.high.tolist()
+        self.reset(seed=0)
+        self.step(np.zeros(box.shape))  # what fails should fail now, not after pretraining
 
     def own_action(self, action):
         """Scale an action (A,) in [-1, 1] to the environment's own units."""
@@ -617,9 +616,10 @@ def _is_picture(array):  # or a space
 
 def _picture(env, observation):
     """Return an environment's observation if that is a picture, else render(); at 64x64."""
-    frame = np.asarray(observation if _is_picture(env.observation_space) else env.render())
+    observed = _is_picture(env.observation_space) or env.render_mode is None
+    frame = np.asarray(observation if observed else env.render())
     if not _is_picture(frame):
-        found = f"{env} renders {frame.dtype} {frame.shape}"
+        found = f"{env} shows {frame.dtype} {frame.shape}"
         raise UserError(f'{found}: expected uint8 RGB; make it with render_mode="rgb_array"')
     return resize(frame)
 

@@ -1610,13 +1610,11 @@ def workers_stopped(folder, killed):
     """A worker with a step in hand is killed when the other one has answered, or hangs."""
     trainer = cmil.Trainer(run_config(folder, **TWO))
     vec, wait = trainer.vec, trainer.vec.step_wait
-
     def step_wait(timeout):
         assert timeout == 300 and vec.parent_pipes[1].poll(60)
         if killed:
             vec.processes[0].kill()
         return wait(timeout=60 if killed else 0.2)
-
     def halt(number):
         if number == 25:
             os.kill(vec.processes[0].pid, signal.SIGSTOP)
@@ -1750,7 +1748,7 @@ BAD_COMMANDS = [  # words, what the line names
     ("--alpha much", "--alpha"), ("--steps 1e5", "--steps"), ("--lr nan", "--lr nan"),
     ("--seed 100000000000000000000", "--seed"), ("--env nowhere", "nowhere"),
     ("--env no.such.module:Thing-v0", "no.such.module"), ("--algo gail", "--algo gail"),
-    ("--algo ditto", "experiments/baselines.py --algo ditto"), ("--graph on", "on"),
+    ("--algo ditto", "experiments/baselines.py has"), ("--graph on", "on"),
     ("--device cuda", "no CUDA device"), ("--length 60", "expected 59 or more"),
     ("--tasks microwave", "tasks"), ("--robot-noise-ratio 0.5", "robot_noise_ratio"),
     ("--demos /no/such/place", "/no/such/pl"), ("--num-demos 1000", "10 demonstrations"),
@@ -1948,7 +1946,7 @@ def test_table_of_methods(tmp_path, monkeypatch, capsys):
         "| cmil | 0.60 (0.50-0.70) / 0.30 (0.25-0.35) | 2.40 / 2.40 | 0, 1 "
         "| 100 | 30 | 3 | 3 |\n"
         "| dbc | 0.20 (0.10-0.30) / - | 0.80 / - | 0, 1 | 100 | 0 | 3 | 3 |\n")
-    final["modes"]["success"] = 0.0
+    final["modes"] = {"success": 0.0, "success_ci95": [0, 0], "return": 9}  # and nothing else
     (Path(runs[2]) / "eval.json").write_text(json.dumps(final))
     run_script(monkeypatch, figures, "--table", runs[2])
     assert "| dbc | 9.00 / - | 0 | 100 | 0 | 3 | 3 |" in capsys.readouterr().out
@@ -2305,7 +2303,6 @@ def recorded(env, file, episodes=1):
     """What record() writes of a policy that pushes, sometimes beyond the bounds -> arrays."""
     rng = np.random.default_rng(0)
     low, high = env.action_space.low, env.action_space.high
-
     def policy(observation, info):
         assert observation in env.observation_space
         return low + rng.uniform(0.7, 1.05, low.shape) * (high - low)
@@ -2316,8 +2313,9 @@ def recorded(env, file, episodes=1):
 def test_generic_environment_is_padded():
     """Any Gymnasium id: actions rescaled, frames 64 x 64, an early end padded to T and marked."""
     env = envs.make_env("WorldWide-v0", episode_steps=12)
+    assert env.inner.unwrapped.actions == [2]  # it was stepped once: a fault shows at once
     images, infos, outcomes = played(env, 0, lambda t: np.array([t % 3 - 1]))
-    assert images.shape == (13, 64, 64, 3) and outcomes[:, 2].tolist() == [False] * 11 + [True]
+    assert images.shape == (13, 64, 64, 3) and list(outcomes[:, 2]) == [0] * 11 + [1]
     assert env.inner.unwrapped.actions == [-2, 2, 6] * 3  # -1, 0, 1 on -2 .. 6; then it ended
     assert (images[9:] == images[9]).all() and (images[8] != images[9]).any()
     assert [info["padded"] for info in infos] == [False] * 10 + [True] * 3
@@ -2398,6 +2396,8 @@ def test_actions_beyond_their_bounds(name, inside, beyond, tmp_path):
 def test_many_episodes_in_one_file(tmp_path):
     """Row after row, in a file each, with a flag for each action, or with an axis of their own."""
     name, file = "WorldEnds-v0", tmp_path / "all.npz"
+    blind = gym.make("WorldWide-v0")  # without a render_mode
+    one_line('make it with render_mode="rgb_array"', envs.record, blind, None, file, 1)
     arrays = recorded(envs.make_env(name), file, 3)
     ends = arrays["episode_ends"]
     expected = demonstrations.load_demos(file, name)

@@ -105,11 +105,11 @@ def measures(curves):
     lines = [entry for seeds in curves.values() for run in seeds for entry in run.log
              if "eval/return" in entry]
     shared = set.intersection(*(set(line) for line in lines))
-    if not any(line["eval/success"] for line in lines):  # the environment may not report it
-        return ["return"]
     own = [key.removeprefix("eval/") for key in sorted(shared) if key.startswith("eval/")
            and any(line[key] != line["eval/success"] for line in lines)]
-    return ["success", *(name for name in own if name not in HIDDEN | {"dropped"})]
+    own = [name for name in own if name not in HIDDEN | {"dropped"}]
+    reported = own or any(line["eval/success"] for line in lines)
+    return ["success", *own] if reported else ["return"]
 
 def curve(seeds, key, x):
     """Average the evaluations of several seeds -> x, mean, low, high, each (P,).
@@ -245,7 +245,7 @@ def print_table(folders):
     results = [run.final[kind] for run in runs for kind in KINDS if kind in run.final]
     own = dict.fromkeys(name for result in results for name in result
                         if name not in HIDDEN and result[name] != result["success"])
-    names = ["success", *own] if any(result["success"] for result in results) else ["return"]
+    names = ["success", *own] if own or any(x["success"] for x in results) else ["return"]
     head = ["method", *(f"{LABELS.get(name, name)}: modes / sampled" for name in names),
             "seeds", "episodes", "steps", "updates", "minutes"]
     print(f"| {' | '.join(head)} |")
