@@ -691,7 +691,7 @@ class Learner(nn.Module):
         super().__init__()
         self.c = c
         self.updates = 0
-        self.cloning_only = c.reward == "none"  # every update is one of clone_losses
+        self.cloning_only = c.reward == "none"  # updates are clone_losses alone
         self.targets = None
         self.recorded = {}  # clone or not -> the step that is being repeated
 
@@ -928,7 +928,7 @@ class Replay:
     def draw(self, first, end, batch):
         """Draw windows from start numbers `first` to `end` - 1 (0-d tensors)."""
         u = torch.rand(batch, device=self.start_rows.device)
-        index = torch.minimum(first + (u * (end - first)).long(), end - 1)  # if rounded up to end
+        index = torch.minimum(first + (u * (end - first)).long(), end - 1)  # if rounded up
         rows = self.start_rows[index] + self.offset  # (L, batch)
         return self.image[rows], self.action[rows]
 
@@ -1063,7 +1063,7 @@ class Trainer:
         rate = left / self.c.lr_decay if left < self.c.lr_decay else 1.0
         info = self.agent.update(self.replay, clone, rate)
         if self.agent.updates % self.c.log_every == 0:
-            with torch.random.fork_rng():  # logging must not change what is learned
+            with torch.random.fork_rng():  # logging changes no update
                 self.log({**info, **self.agent.report(self.replay)})
         for name, optimizer in self.agent.optimizers.items():
             if self.agent.updates % 10 == 0 and optimizer.skipped[1] >= 10:
@@ -1096,7 +1096,7 @@ class Trainer:
             try:
                 return job()
             except envs.WORKER_GONE as error:
-                self.check_stop()  # a signal reaches workers too
+                self.check_stop()  # signals reach workers too
                 if self.c.num_envs == 1:
                     raise  # the environment's own error
                 codes = [process.exitcode for process in self.vec.processes]
@@ -1161,8 +1161,7 @@ class Trainer:
         line = {"step": self.step, "update": self.agent.updates,
                 "time": time.monotonic() - self.clock}
         line.update({name: float(value) for name, value in values.items()})
-        self.metrics.write(json.dumps(line) + "\n")
-        self.metrics.flush()
+        print(json.dumps(line), file=self.metrics, flush=True)
 
 class Progress:
     """Show a phase, its speed and time left: a bar on a terminal with tqdm, else lines."""
@@ -1210,20 +1209,23 @@ def rollouts(agent, vec, steps, episodes, seed, stream, sample, progress, check_
     """Run `episodes` episodes of `steps` steps, as many at a time as `vec` has environments.
     -> dict of success, return and the environment's own measures (arrays of length `episodes`), and
     video (steps+1, 64, 64, 3) uint8 of the first. torch's random state stays as it was."""
-    results, video = {}, []
+    results, video, N = {}, [], vec.num_envs
     with torch.random.fork_rng():
-        torch.manual_seed(seed + 1_000_003 * stream)
-        for done in range(0, episodes, vec.num_envs):
-            image, _ = vec.reset(seed=env_seeds(seed, stream, done, vec.num_envs))
-            carry, total, first = None, np.zeros(vec.num_envs), [image[0].copy()]
-            for _ in range(steps):
-                action, carry = agent.act(image, carry, sample)
+        for done in range(0, episodes, N):
+            seeds = env_seeds(seed, stream, done, N)
+            image, _ = vec.reset(seed=seeds)
+            carry, total, first = [None] * N, np.zeros(N), [image[0].copy()]
+            action = np.zeros(vec.action_space.shape, np.float32)
+            for t in range(steps):
+                for i in range(N):  # an episode must not depend on --num-envs
+                    torch.manual_seed(seeds[i] + t)
+                    action[i], carry[i] = agent.act(image[i:i + 1], carry[i], sample)
                 vec.step_async(action)
-                image, reward, _, _, info = vec.step_wait(timeout=300)  # seconds
+                image, reward, _, _, info = vec.step_wait(timeout=300)
                 total += reward
                 first.append(image[0].copy())
                 check_stop()
-            progress.show("evaluating", min(done + vec.num_envs, episodes), episodes)
+            progress.show("evaluating", min(done + N, episodes), episodes)
             video = video or first
             for name, value in {**task_metrics(info), "return": total}.items():
                 results.setdefault(name, []).extend(value)
@@ -1438,8 +1440,7 @@ def read_config(run):
 def check_config(c):
     """Refuse an unknown method, and values outside their limits (NaN too), in one line."""
     if c.algo not in METHODS:
-        die(f"--algo {c.algo}: cmil.py has {', '.join(METHODS)}; experiments/baselines.py has "
-            "bc, ditto and pdac")
+        die(f"--algo {c.algo}: give {', '.join(METHODS)}, or see experiments/baselines.py")
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
         for name, limit in field.metadata["limits"].items():
@@ -1460,8 +1461,7 @@ def load_policy(run, **changes):
     check_config(c)
     agent = METHODS[c.algo][0](c, stored["action_dim"], setup_torch(c))
     agent.bounds = np.array(stored["action_low"]), np.array(stored["action_high"])
-    state = load_checkpoint(Path(run), agent)
-    if state is None:
+    if load_checkpoint(Path(run), agent) is None:
         die(f"{run} has no checkpoint.pt yet; train it first")
     return agent
 

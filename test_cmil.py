@@ -1220,7 +1220,6 @@ def run_train(logdir, stop_at=None, by=signal.SIGTERM, **changes):
     """Train, or stop by a signal when `stop_at` updates are made -> state, metrics."""
     trainer, handler = cmil.Trainer(run_config(logdir, **changes)), signal.getsignal(by)
     update = trainer.update
-
     def update_and_stop(clone):
         update(clone)
         if trainer.agent.updates == stop_at:
@@ -1242,7 +1241,6 @@ def run_updates(logdir):
 def at_each_act(trainer, function):
     """Call function(number) before the agent acts for the `number`-th time."""
     act, counter = trainer.agent.act, itertools.count(1)
-
     def act_too(*args):
         function(next(counter))
         return act(*args)
@@ -1292,7 +1290,8 @@ def test_seeds_of_streams_never_meet():
 class ParitySteps:
     """A vector environment: success at step 3 if the reset seed is even."""
     def __init__(self, num_envs):
-        self.num_envs, self.seeds = num_envs, []
+        self.num_envs, self.seeds, self.actions = num_envs, [], []
+        self.action_space = gym.spaces.Box(-1, 1, (num_envs, 2))
 
     def reset(self, seed):
         self.seed, self.t = np.array(seed), 0
@@ -1301,6 +1300,7 @@ class ParitySteps:
 
     def step_async(self, action):
         self.t += 1
+        self.actions.append(action.copy())
 
     def step_wait(self, timeout):
         done = (self.seed % 2 == 0) & (self.t >= 3)
@@ -1310,7 +1310,7 @@ class ParitySteps:
 
 @pytest.mark.parametrize("num_envs", [1, 2, 5])
 def test_rollouts(num_envs, tmp_path):
-    """7 episodes with the reset seeds of their numbers, however many run at a time; by hand."""
+    """7 episodes with the seeds and noise of their numbers, however many run at a time."""
     agent = cmil.Agent(run_config(tmp_path), 2, torch.device("cpu"))
     vec, before = ParitySteps(num_envs), torch.get_rng_state()
     results, video = cmil.rollouts(agent, vec, 4, 7, 0, cmil.EVALUATE, True, cmil.Progress())
@@ -1321,6 +1321,11 @@ def test_rollouts(num_envs, tmp_path):
     assert results["return"].tolist() == [10.0] * 7  # 1 + 2 + 3 + 4
     assert video[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
     assert torch.equal(before, torch.get_rng_state())
+    carry = None
+    for t in range(4):  # episode 6 by hand
+        torch.manual_seed(seeds[6] + t)
+        action, carry = agent.act(np.full((1, 64, 64, 3), t, np.uint8), carry)
+        assert np.array_equal(vec.actions[6 // num_envs * 4 + t][6 % num_envs], action[0])
 
 def test_training_episodes_have_their_own_resets(uninterrupted, uninterrupted_two):
     """Episode i begins alike with one environment (round i) and two (round i // 2)."""
@@ -1332,7 +1337,6 @@ def test_eval_prints_one_json_object(uninterrupted, tmp_path, monkeypatch, capsy
     """Modes, then samples, on the seeds of FINAL; modes against a loop by hand; a film."""
     folder, answers, acted = uninterrupted[0], [], []
     files, act = files_in(folder), cmil.Agent.act
-
     def noted(self, image, carry=None, sample=True):
         acted.append(sample)
         return act(self, image, carry, sample)
@@ -1469,7 +1473,6 @@ def test_non_finite_gradients(log_every, tmp_path, capsys, monkeypatch):
     """Such updates are skipped and counted; ten in a row end the run, nine do not."""
     clone_loss, counter = cmil.clone_loss, itertools.count(1)
     bad = {2, *range(12, 21), 30, *range(41, 51)}
-
     def spoiled(*args):
         return clone_loss(*args) * (math.nan if next(counter) in bad else 1)
     monkeypatch.setattr(cmil, "clone_loss", spoiled)
@@ -1516,7 +1519,6 @@ def test_progress_bar(monkeypatch, capsys):
 
 def test_padded_steps_have_no_action(tmp_path, monkeypatch):
     step = envs.Point._step
-
     def over_after_seven(self, action):
         self.padded = self._t >= 7
         return step(self, action)
@@ -1536,7 +1538,6 @@ def stopped(folder, by, *moments):
 def stopped_in_an_evaluation(folder):
     """Stop at the first evaluation's third step: the other steps are not waited for."""
     trainer, moments = cmil.Trainer(run_config(folder)), []
-
     def stop(number):
         moments.append(number)
         trainer.stop_reason = "test" if number == 3 else ""
@@ -1555,7 +1556,6 @@ def log_longer_than_checkpoint(folder):
 def strike_at(call, name, number, act):
     """Call act() before os.fsync or os.replace of file `name` for the `number`-th time."""
     original, seen = getattr(os, call), []
-
     def struck(*args):
         path = os.readlink(f"/proc/self/fd/{args[0]}") if call == "fsync" else args[1]
         seen.append(str(path).endswith(name))
@@ -1595,7 +1595,6 @@ def disk_full(folder, *where):
 def workers_killed(folder, moments, stop_reason=""):
     """kill -9 workers at these acts; new ones complete the run, if it was not told to stop."""
     trainer, killed = cmil.Trainer(run_config(folder, **TWO)), []
-
     def kill(number):
         if number in moments:
             killed.append(trainer.vec.processes[len(killed) % 2])
@@ -1678,7 +1677,7 @@ def test_interrupted(name, request, tmp_path):
     assert len(list((tmp_path / "episodes").iterdir())) == (8 if two else 5)
 
 def test_workers_that_always_die_end_the_run(tmp_path, capsys):
-    assert "died four times" in refused(capsys, workers_killed, tmp_path, (1, 2, 3, 4))
+    assert "died four times" in refused(capsys, workers_killed, tmp_path, (1, 3, 5, 7))
     assert run_updates(tmp_path) == 7
 
 def run_field(text, **change):
@@ -1748,7 +1747,7 @@ BAD_COMMANDS = [  # words, what the line names
     ("--alpha much", "--alpha"), ("--steps 1e5", "--steps"), ("--lr nan", "--lr nan"),
     ("--seed 100000000000000000000", "--seed"), ("--env nowhere", "nowhere"),
     ("--env no.such.module:Thing-v0", "no.such.module"), ("--algo gail", "--algo gail"),
-    ("--algo ditto", "experiments/baselines.py has"), ("--graph on", "on"),
+    ("--algo ditto", "see experiments/baselines.py"), ("--graph on", "on"),
     ("--device cuda", "no CUDA device"), ("--length 60", "expected 59 or more"),
     ("--tasks microwave", "tasks"), ("--robot-noise-ratio 0.5", "robot_noise_ratio"),
     ("--demos /no/such/place", "/no/such/pl"), ("--num-demos 1000", "10 demonstrations"),
