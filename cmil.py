@@ -1390,8 +1390,7 @@ def parse(argv):
     explicit = {f.name: args.pop(f.name) for f in dataclasses.fields(Config) if f.name in args}
     return explicit, argparse.Namespace(**args)
 
-def flag(name):
-    """Return the flag of a config field."""
+def flag(name):  # of a field
     return "--" + name.replace("_", "-")
 
 def make_config(explicit):
@@ -1487,7 +1486,8 @@ def evaluate_run(run, episodes, video, changes):
 def main(argv=None):
     explicit, args = parse(argv)
     import envs  # a clear error without gymnasium
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before run()
+    if argv is None:  # a script
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before run()
     try:
         if args.eval is None:
             Trainer(make_config(explicit)).run()
