@@ -139,6 +139,7 @@ class Config:
     seed_steps: int = option(5000, "steps before training", at_least=0)
     train_ratio: float = option(0.4, "updates per step", at_least=0)
     offline: bool = option(False, "learn from the demos alone")
+    demo_share: float = option(0.0, "share of demos in R", at_least=0, at_most=1)
 
     # Losses and optimizers [C], if not said otherwise
     free_nats: float = option(1.0, "KL below this is free [D2]", at_least=0)
@@ -328,8 +329,7 @@ class Encoder(nn.Module):
         channels, layers = [inputs, depth, 2 * depth, 4 * depth, 8 * depth], []
         for i, o in zip(channels, channels[1:]):
             layers += [nn.Conv2d(i, o, 4, 2), nn.ELU(inplace=True)]
-        self.layers = nn.Sequential(*layers)
-        self.layers.to(memory_format=torch.channels_last)  # like to_float
+        self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last)
         self.size = 32 * depth  # E
 
     def forward(self, image):
@@ -721,7 +721,8 @@ class Learner(nn.Module):
         """Update once, by losses or clone_losses, at `rate` times the learning rates -> info."""
         if clone not in self.recorded:
             graphed = self.c.graph and self.device.type == "cuda"
-            self.recorded = {clone: CudaGraph(self.take_steps) if graphed else self.take_steps}
+            step = CudaGraph(self.take_steps) if graphed else self.take_steps
+            self.recorded = {clone: step}
         for optimizer in self.optimizers.values():
             optimizer.lr.fill_(optimizer.full_lr * rate)
         info = self.recorded[clone](replay, clone)
@@ -807,7 +808,7 @@ class Agent(Learner):
     def clone_losses(self, replay):
         """Pretraining: world model and cloning on its latents -> losses, info."""
         c = self.c
-        image, action = replay.sample_demos(c.batch)  # (L, B, ...)
+        image, action = replay.sample(c.batch, demo_share=1)  # (L, B, ...)
         image = to_float(image)
         with self.autocast():
             post = self.world.rssm.observe(self.world.encoder(image), action)
@@ -822,16 +823,16 @@ class Agent(Learner):
         """The losses of one update, the body of the ALGORITHM -> losses, info (0-d tensors).
         No shape and no branch depends on a tensor's value: a CUDA graph can record it."""
         c, world, B = self.c, self.world, self.c.batch
-        image, action = replay.sample(B)  # (L, B, ...)
-        expert_image, expert_action = replay.sample_demos(B)  # (L, B, ...)
+        image, action = replay.sample(B, c.demo_share)  # (L, B, ...)
+        expert_image, expert_action = replay.sample(B, demo_share=1)  # (L, B, ...)
         image, expert_image = to_float(image), to_float(expert_image)  # (L, B, 3, 64, 64)
         with self.autocast():
             # World model: one scan over both batches, trained on the replay's.
             embed = world.encoder(image)
             with torch.no_grad():
                 expert_embed = world.encoder(expert_image)
-            post = world.rssm.observe(torch.cat([embed, expert_embed], 1),
-                                      torch.cat([action, expert_action], 1))  # State (L, 2B, ...)
+            both = torch.cat([embed, expert_embed], 1), torch.cat([action, expert_action], 1)
+            post = world.rssm.observe(*both)  # State (L, 2B, ...)
             replay_post = post.map(lambda x: x[:, :B])
             world_loss, info = world_model_loss(world, image, replay_post, c)  # [P1]
 
@@ -845,7 +846,7 @@ class Agent(Learner):
             # Discriminator: the expert's pairs against imagined pairs.
             expert = state_action_pairs(expert_feat, expert_action)
             policy = state_action_pairs(dream.feat.detach(), dream.action.detach())
-            disc_loss, disc_info = discriminator_loss(self.disc, expert, policy, c.sigma)  # [P8]
+            d_loss, d_info = discriminator_loss(self.disc, expert, policy, c.sigma)  # [P8]
 
             # The reward of every imagined pair: D's logit, minus the ensemble's disagreement.
             reward = conservative_reward(self.disc, dream, c)  # (H, N) [P9] [P10]
@@ -854,9 +855,9 @@ class Agent(Learner):
             q_loss, q_info = self.critic_losses(dream, reward, feat, action)  # [W9]
             pi_loss, pi_info = actor_loss(self.critics, dream, reward, c)  # [W6]
             bc_loss = clone_loss(self.actor, expert_feat, expert_action)
-        losses = {"world": world_loss, "disc": disc_loss, "critics": q_loss,
+        losses = {"world": world_loss, "disc": d_loss, "critics": q_loss,
                   "actor": pi_loss + c.beta * bc_loss}
-        return losses, {**info, **disc_info, **q_info, **pi_info, "bc": bc_loss}
+        return losses, {**info, **d_info, **q_info, **pi_info, "bc": bc_loss}
 
     def critic_losses(self, dream, reward, feat, action):
         """[W9]: imagined and real pairs, each towards TD(lambda) of the target critics."""
@@ -887,7 +888,7 @@ class Agent(Learner):
     def report(self, replay):
         """Add [P9] along the expert's actions, after five frames ([C]: after any)."""
         with self.autocast():
-            _, spread = self.open_loop(*replay.sample_demos(self.c.batch))
+            _, spread = self.open_loop(*replay.sample(self.c.batch, demo_share=1))
         return {**super().report(replay), "uncertainty_expert": spread.mean()}
 
 METHODS = {  # name -> (class, fields it overrides); baselines.py adds methods
@@ -900,9 +901,9 @@ METHODS = {  # name -> (class, fields it overrides); baselines.py adds methods
 # === Replay =======================================================================================
 
 class Replay:
-    """All episodes, demos first, in two preallocated tensors on the learner's device.
-    Rows are in stored order (action[t] led to image[t]). `start_rows` lists the rows where a
-    window fits into one episode. Their count is a tensor, so that a CUDA graph sees it change."""
+    """All episodes, demos first, in stored order, allocated on the learner's device.
+    `start_rows` lists the rows where a window fits into one episode. Counts are tensors, so that
+    a CUDA graph sees them change."""
     def __init__(self, capacity, length, action, device):
         self.length = length
         self.rows, self.windows = 0, 0
@@ -926,19 +927,18 @@ class Replay:
             self.n_demo_starts.fill_(self.windows)
 
     def draw(self, first, end, batch):
-        """Draw windows from start numbers `first` to `end` - 1 (0-d tensors)."""
+        """Draw windows from start numbers `first` to `end` - 1 (tensors, 0-d or (batch,))."""
         u = torch.rand(batch, device=self.start_rows.device)
-        index = torch.minimum(first + (u * (end - first)).long(), end - 1)  # if rounded up
+        index = torch.minimum(first + (u * (end - first)).long(), end - 1)  # if rounded
         rows = self.start_rows[index] + self.offset  # (L, batch)
         return self.image[rows], self.action[rows]
 
-    def sample(self, batch):
-        """Windows of everything -> image uint8 (L, batch, 64, 64, 3), action (L, batch, A)."""
-        return self.draw(0, self.n_starts, batch)
-
-    def sample_demos(self, batch):
-        """Windows of the demos -> the same shapes."""
-        return self.draw(0, self.n_demo_starts, batch)
+    def sample(self, batch, demo_share=0.0):
+        """Windows of everything, but the first demo_share * batch of the demos alone
+        -> image uint8 (L, batch, 64, 64, 3), action (L, batch, A)"""
+        end = self.n_starts.repeat(batch)
+        end[:round(demo_share * batch)] = self.n_demo_starts
+        return self.draw(0, end, batch)
 
 # === Training loop: lockstep rounds ===============================================================
 
@@ -962,7 +962,7 @@ class Trainer:
         self.rounds = math.ceil(c.steps / self.per_round)
         self.seed_steps = math.ceil(c.seed_steps / self.per_round) * self.per_round
         self.round, self.steps_in_round = 0, 0
-        self.last_eval = -1  # the step of the last evaluation; -1: none yet
+        self.last_eval = -1  # its step; -1: none
         self.began = self.clock = time.monotonic()  # this process, the run
         self.stop_reason, self.progress = "", Progress()
         played = 0 if c.offline else self.rounds * c.num_envs  # episodes
@@ -970,7 +970,7 @@ class Trainer:
         self.replay = Replay(rows, c.length, self.env_info["action_dim"], self.agent.device)
         for demo in demos:
             self.replay.add(demo["image"], demo["action"], demo=True)
-        self.demos_checksum = zlib.crc32(self.replay.action[:self.replay.rows].cpu().numpy())
+        self.demos_crc = zlib.crc32(self.replay.action[:self.replay.rows].cpu().numpy())
         self.metrics = open_log(self.folder / "metrics.jsonl")
         self.resume()
         write_config(c, {**provenance(), **self.env_info, "update": self.agent.updates})
@@ -1067,8 +1067,7 @@ class Trainer:
                 self.log({**info, **self.agent.report(self.replay)})
         for name, optimizer in self.agent.optimizers.items():
             if self.agent.updates % 10 == 0 and optimizer.skipped[1] >= 10:
-                die(f"ten non-finite {name} gradients in a row at update {self.agent.updates}; "
-                    "begin anew with a lower --lr")
+                die(f"ten non-finite {name} gradients in a row; begin anew with a lower --lr")
 
     def evaluate_if_due(self):
         """Evaluate after pretraining, every `eval_every` steps, and at the end."""
@@ -1122,7 +1121,7 @@ class Trainer:
     def checkpoint(self):
         """Write the state, after the metrics; keep the previous checkpoint."""
         state = {"agent": self.agent.save(), "round": self.round, "last_eval": self.last_eval,
-                 "seconds": time.monotonic() - self.clock, "demos": self.demos_checksum,
+                 "seconds": time.monotonic() - self.clock, "demos": self.demos_crc,
                  "metrics_bytes": self.metrics.tell()}
         os.fsync(self.metrics.fileno())
         write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save(state, file),
@@ -1148,7 +1147,7 @@ class Trainer:
         if state is None:
             return
         self.clock -= state["seconds"]
-        if state["demos"] != self.demos_checksum:
+        if state["demos"] != self.demos_crc:
             die(f"--demos {self.c.demos}: {self.folder} has other demonstrations; use those")
         if self.round > self.rounds:
             die(f"--steps {self.c.steps}: {self.folder} has made {self.step}; give more")

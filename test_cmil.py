@@ -76,8 +76,8 @@ def same(a, b):
 def calls_of(monkeypatch, owner, name, replacement=None):
     """Record the calls of owner.name -> list of (arguments, result)."""
     function, calls = replacement or getattr(owner, name), []
-    def recorded(*args):
-        calls.append((args, function(*args)))
+    def recorded(*args, **options):
+        calls.append(((*args, *options.values()), function(*args, **options)))
         return calls[-1][1]
     monkeypatch.setattr(owner, name, recorded)
     return calls
@@ -168,7 +168,7 @@ def test_paper_preset_has_the_papers_values():
         clip=100, weight_decay=1e-6, target_every=100, train_ratio=0.4, num_envs=5, pretrain=1000,
         seed_steps=5000, steps=250_000, free_nats=1, kl_balance=0.8, reward="logit", target="min",
         reward_noise=False, data_critic=True, actor_discount=True, critic_discount=True,
-        offline=False)
+        offline=False, demo_share=0)
     assert {key: getattr(cmil.Config(), key) for key in expected} == expected
     assert cmil.Config().sigma ** 2 == approx(2.5) and cmil.PRESETS["paper"] == {}
 
@@ -687,7 +687,8 @@ def test_update_steps_each_network_on_its_own_gradient(clone, monkeypatch):
 
 def test_update_uses_the_replay_half_and_the_demo_half(monkeypatch):
     """Replay pictures are black and its actions -0.5; those of the demos are white and +0.5."""
-    agent, _ = agent_and_replay()
+    agent, _ = agent_and_replay(demo_share=0.25)
+    of_replay = torch.tensor([0.5, -0.5, -0.5, -0.5])  # the first window is a demo's
     c, replay = agent.c, cmil.Replay(42, agent.c.length, 2, CPU)
     half = np.full((21, 2), 0.5, np.float32)
     replay.add(np.full((21, 64, 64, 3), 255, np.uint8), half, demo=True)
@@ -701,9 +702,9 @@ def test_update_uses_the_replay_half_and_the_demo_half(monkeypatch):
     assert all(len(calls) == 1 for calls in seen.values())
     given, made = ({name: calls[0][i] for name, calls in seen.items()} for i in (0, 1))
     _, image, post, _ = given["world_model_loss"]
-    assert image.shape == (c.length, c.batch, 3, 64, 64) and (image == -0.5).all()
+    assert len(image) == c.length and (image == of_replay[:, None, None, None]).all()
     _, _, start, first_action, _ = given["imagine"]
-    assert (first_action == -0.5).all()
+    assert (first_action.view(c.length, 4, 2) == of_replay[:, None]).all()
     near(start.feat, post.feat.flatten(0, 1))  # row t B + b
     _, (s, a), policy, sigma = given["discriminator_loss"]
     dream = made["imagine"]
@@ -715,7 +716,7 @@ def test_update_uses_the_replay_half_and_the_demo_half(monkeypatch):
     value, V = made["target_values"]
     assert same(given["data_target"][1:3], (value[0], V[0]))
     for feat, action in (given["data_target"][3:5], given["data_critic_loss"][2:]):
-        assert (action == -0.5).all() and torch.equal(feat, post.feat)
+        assert (action == of_replay[:, None]).all() and torch.equal(feat, post.feat)
     assert given["model_critic_loss"][:3] == (agent.critics, V, dream)
     assert given["data_critic_loss"][:2] == (agent.critics, made["data_target"])
     _, feat, action = given["clone_loss"]
@@ -775,14 +776,14 @@ def test_ditto_compares_states_of_the_same_step(monkeypatch):
     names = ("imagine", "world_model_loss", "actor_loss", "target_values", "model_critic_loss")
     seen = {name: calls_of(monkeypatch, cmil, name) for name in names}
     seen["match"] = calls_of(monkeypatch, baselines, "match")
-    seen["sample"] = calls_of(monkeypatch, replay, "sample_demos")
+    seen["sample"] = calls_of(monkeypatch, replay, "sample")
     losses, _ = agent.losses(replay)
     assert all(len(calls) == 1 for calls in seen.values())
     given, made = ({name: calls[0][i] for name, calls in seen.items()} for i in (0, 1))
-    sampled, action = made["sample"]
+    (_, share), (sampled, action) = given["sample"], made["sample"]
     _, image, post, _ = given["world_model_loss"]
     _, _, start, first_action, horizon = given["imagine"]
-    assert torch.equal(image, cmil.to_float(sampled)) and horizon == H
+    assert torch.equal(image, cmil.to_float(sampled)) and horizon == H and share == 1
     rows = [x[:L - H].flatten(0, 1) for x in (*post, action)]  # row t B + b
     assert same([*start, first_action], rows)
     x, y = given["match"]
@@ -804,7 +805,7 @@ def test_bc_clones_single_frames_end_to_end():
     torch.manual_seed(0)
     loss, = agent.clone_losses(replay)[0].values()
     torch.manual_seed(0)
-    image, action = replay.sample_demos(agent.c.batch)
+    image, action = replay.sample(agent.c.batch, 1.0)
     terms = [agent.policy(cmil.to_float(x)).log_prob(a) for x, a in zip(image[:-1], action[1:])]
     assert loss.item() == approx(-torch.stack(terms).mean().item(), rel=1e-4)
     assert touched(loss, agent.policy) == everything(agent.policy)
@@ -1008,7 +1009,7 @@ def test_acting_samples_latents_and_actions(algo):
 def test_open_loop():
     """Predictions see the context's frames and all actions, never the later frames."""
     agent, replay = agent_and_replay()
-    image, action = replay.sample_demos(3)  # (8, 3, ...)
+    image, action = replay.sample(3, 1.0)  # (8, 3, ...)
     def predict(image, action):
         torch.manual_seed(0)
         return agent.open_loop(image, action)
@@ -1134,7 +1135,7 @@ def test_replay_windows(monkeypatch):
         k += rows
     played = replay.draw(replay.n_demo_starts, replay.n_starts, 1000)
     for (image, action), expected in ((replay.sample(1000), set.union(*starts)),
-                                      (replay.sample_demos(1000), starts[0] | starts[1]),
+                                      (replay.sample(1000, 1.0), starts[0] | starts[1]),
                                       (played, starts[2])):
         assert image.shape == (4, 1000, 64, 64, 3) and image.dtype == torch.uint8
         rows = image[:, :, 0, 0, 0].long()
@@ -1478,7 +1479,7 @@ def test_non_finite_gradients(log_every, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cmil, "clone_loss", spoiled)
     changes = dict(pretrain=24, seed_steps=10, steps=50, train_ratio=1.2, log_every=log_every)
     line = refused(capsys, partial(run_train, tmp_path, **changes))
-    assert re.search("ten non-finite .*actor.* in a row.* at update 50", line)
+    assert re.search("ten non-finite actor gradients in a row; .*--lr", line)
     counts = {line["update"]: line.get("skipped") for line in run_metrics(tmp_path)}
     if log_every == 5:
         assert [counts[update] for update in (5, 10, 25, 35)] == [1, 1, 10, 11]

@@ -36,7 +36,7 @@ class Ditto(cmil.Agent):
 
     def losses(self, replay):
         c, world, H = self.c, self.world, self.c.horizon
-        image, action = replay.sample_demos(c.batch)  # (L, B, ...)
+        image, action = replay.sample(c.batch, demo_share=1)  # (L, B, ...)
         image, starts = cmil.to_float(image), len(action) - H
         with self.autocast():
             post = world.rssm.observe(world.encoder(image), action)
@@ -91,7 +91,7 @@ class PixelBC(PixelAgent):
             cmil.die("--algo bc needs --offline and --reward none")
 
     def clone_losses(self, replay):
-        image, action = replay.sample_demos(self.c.batch)  # (L, B, ...)
+        image, action = replay.sample(self.c.batch, demo_share=1)  # (L, B, ...)
         with self.autocast():
             x, a = cmil.state_action_pairs(cmil.to_float(image), action)
             loss = -self.policy(x).log_prob(a).mean()
@@ -153,7 +153,7 @@ class PixelDAC(PixelAgent):
         with self.autocast():
             embed, action = self.embed(*played)
             with torch.no_grad():
-                expert = cmil.state_action_pairs(*self.embed(*replay.sample_demos(c.batch)))
+                expert = cmil.state_action_pairs(*self.embed(*replay.sample(c.batch, demo_share=1)))
             e = embed.detach()
             policy = cmil.state_action_pairs(e, action)  # (L-3, B, ...)
             disc_loss, info = cmil.discriminator_loss(self.disc, expert, policy, 0)  # [P8]
