@@ -743,8 +743,9 @@ class Learner(nn.Module):
 
     def move_targets(self, tau=1.0):
         """Move the targets towards their source by tau; 1 copies it."""
-        for target, source in zip(self.targets.parameters(), self.target_source[0].parameters()):
-            target.data.lerp_(source.data, tau)
+        source, = self.target_source
+        for target, new in zip(self.targets.parameters(), source.parameters()):
+            target.data.lerp_(new.data, tau)
 
     def in_env_units(self, action):
         """Scale actions (..., A) from [-1, 1] to the environment's bounds, after load_policy."""
@@ -846,7 +847,7 @@ class Agent(Learner):
             # Discriminator: the expert's pairs against imagined pairs.
             expert = state_action_pairs(expert_feat, expert_action)
             policy = state_action_pairs(dream.feat.detach(), dream.action.detach())
-            d_loss, d_info = discriminator_loss(self.disc, expert, policy, c.sigma)  # [P8]
+            disc_loss, disc_info = discriminator_loss(self.disc, expert, policy, c.sigma)  # [P8]
 
             # The reward of every imagined pair: D's logit, minus the ensemble's disagreement.
             reward = conservative_reward(self.disc, dream, c)  # (H, N) [P9] [P10]
@@ -855,9 +856,9 @@ class Agent(Learner):
             q_loss, q_info = self.critic_losses(dream, reward, feat, action)  # [W9]
             pi_loss, pi_info = actor_loss(self.critics, dream, reward, c)  # [W6]
             bc_loss = clone_loss(self.actor, expert_feat, expert_action)
-        losses = {"world": world_loss, "disc": d_loss, "critics": q_loss,
+        losses = {"world": world_loss, "disc": disc_loss, "critics": q_loss,
                   "actor": pi_loss + c.beta * bc_loss}
-        return losses, {**info, **d_info, **q_info, **pi_info, "bc": bc_loss}
+        return losses, {**info, **disc_info, **q_info, **pi_info, "bc": bc_loss}
 
     def critic_losses(self, dream, reward, feat, action):
         """[W9]: imagined and real pairs, each towards TD(lambda) of the target critics."""
@@ -929,7 +930,7 @@ class Replay:
     def draw(self, first, end, batch):
         """Draw windows from start numbers `first` to `end` - 1 (tensors, 0-d or (batch,))."""
         u = torch.rand(batch, device=self.start_rows.device)
-        index = torch.minimum(first + (u * (end - first)).long(), end - 1)  # if rounded
+        index = torch.minimum(first + (u * (end - first)).long(), end - 1)  # if rounded up
         rows = self.start_rows[index] + self.offset  # (L, batch)
         return self.image[rows], self.action[rows]
 
@@ -962,7 +963,7 @@ class Trainer:
         self.rounds = math.ceil(c.steps / self.per_round)
         self.seed_steps = math.ceil(c.seed_steps / self.per_round) * self.per_round
         self.round, self.steps_in_round = 0, 0
-        self.last_eval = -1  # its step; -1: none
+        self.last_eval = -1  # the last evaluation's step; -1: none
         self.began = self.clock = time.monotonic()  # this process, the run
         self.stop_reason, self.progress = "", Progress()
         played = 0 if c.offline else self.rounds * c.num_envs  # episodes
