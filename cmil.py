@@ -107,7 +107,7 @@ class Config:
     graph: bool = option(True, "on CUDA, replay updates as a graph")
 
     # Environment, demonstrations, logging
-    tasks: str = option("", "kitchen: tasks joined by +; empty: all four")
+    tasks: str = option("", "kitchen: joined by +; empty: all four")
     episode_steps: int = option(0, "T; 0: the environment's own", at_least=0)
     robot_noise_ratio: float = option(0.0, "kitchen; 0: its own .01; [C] .1", at_least=0)
     num_envs: int = option(5, "environments in lockstep", above=0)
@@ -118,7 +118,7 @@ class Config:
     eval_episodes: int = option(10, "evaluation episodes", above=0)
 
     # Network sizes [C]
-    conv_depth: int = option(48, "channels of the first convolution", above=0)
+    conv_depth: int = option(48, "first convolution's channels", above=0)
     stoch: int = option(360, "S, latent dimensions", above=0)
     deter: int = option(400, "D, GRU state", above=0)
     hidden: int = option(400, "units in the RSSM", above=0)
@@ -128,17 +128,17 @@ class Config:
     min_std: float = option(0.1, "smallest policy std", above=0, at_most=1)
     sample_grad: str = option("exact", "of a policy's sample", choices=("exact", "released"))
     critics: int = option(2, "m, critics", above=0)
-    disc_units: int = option(200, "units of the discriminator", above=0)
-    disc_layers: int = option(2, "layers of the discriminator", above=0)
+    disc_units: int = option(200, "units of D", above=0)
+    disc_layers: int = option(2, "layers of D", above=0)
 
     # Batches and schedule [C]
-    batch: int = option(32, "B, windows of replay and of demos", above=0)
+    batch: int = option(32, "B, windows of replay, of demos", above=0)
     length: int = option(50, "L, window length", at_least=2)
     horizon: int = option(15, "H, imagined steps", above=0)
-    pretrain: int = option(1000, "first updates, on the demos alone", at_least=0)
+    pretrain: int = option(1000, "first updates, demos alone", at_least=0)
     seed_steps: int = option(5000, "steps before training", at_least=0)
     train_ratio: float = option(0.4, "updates per step", at_least=0)
-    offline: bool = option(False, "learn from the demos alone")
+    offline: bool = option(False, "from the demos alone")
     demo_share: float = option(0.0, "share of demos in R", at_least=0, at_most=1)
 
     # Losses and optimizers [C], if not said otherwise
@@ -147,20 +147,21 @@ class Config:
     kl_balance: float = option(0.8, "share of the prior [D2]", at_least=0, at_most=1)
     reward: str = option("logit", "[P10] logit; [C] sigmoid; none: cloning only",
                          choices=("logit", "sigmoid", "none"))
-    alpha: float = option(10.0, "weight of the disagreement [P10]", at_least=0)
+    alpha: float = option(10.0, "weight of disagreement [P10]", at_least=0)
     beta: float = option(10.0, "weight of cloning [W6]; 0: none", at_least=0)
+    beta_end: float = option(1.0, "share of it left at the end", above=0, at_most=1)
     sigma: float = option(math.sqrt(2.5), "std of noise on D's input [P8]", at_least=0)
     reward_noise: bool = option(False, "[C]: noise in the reward too")
     target: str = option("min", "[W] min of targets; [C] random", choices=("min", "random"))
-    data_critic: bool = option(True, "[W8]: critic loss on real pairs")
+    data_critic: bool = option(True, "[W8]: loss on real pairs")
     actor_discount: bool = option(True, "weights g^t of the actor [C]")
     critic_discount: bool = option(True, "weights g^(t+1) of the critic [C]")
     gamma: float = option(0.99, "g, discount [C]", at_least=0, at_most=1)
     lam: float = option(0.95, "l of TD(lambda) [C]", at_least=0, at_most=1)
-    entropy: float = option(1e-4, "weight of the entropy [C]", at_least=0)
+    entropy: float = option(1e-4, "weight of entropy [C]", at_least=0)
     lr: float = option(3e-4, "Adam's learning rate", above=0)
     disc_lr: float = option(3e-4, "D's learning rate", above=0)
-    lr_decay: float = option(0.0, "last share, in which rates fall to 0", at_least=0, at_most=1)
+    lr_decay: float = option(0.0, "last share: rates fall to 0", at_least=0, at_most=1)
     adam_eps: float = option(1e-5, "Adam's epsilon", above=0)
     clip: float = option(100.0, "largest gradient norm", above=0)
     weight_decay: float = option(1e-6, "shrinkage of weights per step", at_least=0)
@@ -678,7 +679,7 @@ class Optimizer:
 
     def load_state_dict(self, state):
         self.adam.load_state_dict(state["adam"])
-        for group in self.adam.param_groups:  # state of another device
+        for group in self.adam.param_groups:  # of another device
             group.update(capturable=self.capturable, lr=self.lr.fill_(group["lr"]))
         self.skipped.copy_(state["skipped"])
 
@@ -699,15 +700,16 @@ class Learner(nn.Module):
         """Initialize each network and its optimizer; targets: a network to copy."""
         initialize(self).to(device)
         self.device, self.optimizers = device, {}
+        self.beta = torch.tensor(self.c.beta, device=device)  # graphs see it fall
         for name, network in self.named_children():
             lr = self.c.disc_lr if name == "disc" else self.c.lr
             self.optimizers[name] = Optimizer(network, lr, self.c)
         if targets is not None:
-            self.target_source = (targets,)  # a tuple: else saved twice
+            self.target_source = (targets,)  # else saved twice
             self.targets = copy.deepcopy(targets).requires_grad_(False)
 
     @staticmethod
-    def check(c):  # refuses what the method cannot run
+    def check(c):  # may refuse it
         if c.reward == "none" and not (c.offline and c.beta):
             die("--reward none needs --offline and a --beta above 0")
 
@@ -717,14 +719,15 @@ class Learner(nn.Module):
         wanted = self.c.precision == "bfloat16" or (cuda and self.c.precision == "auto")
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
 
-    def update(self, replay, clone=False, rate=1.0):
-        """Update once, by losses or clone_losses, at `rate` times the learning rates -> info."""
+    def update(self, replay, clone=False, progress=0.0):
+        """Update once, by losses or clone_losses -> info. progress: the run's, from 0 to 1."""
         if clone not in self.recorded:
             graphed = self.c.graph and self.device.type == "cuda"
-            step = CudaGraph(self.take_steps) if graphed else self.take_steps
-            self.recorded = {clone: step}
+            self.recorded = {clone: CudaGraph(self.take_steps) if graphed else self.take_steps}
+        rate = min(1, (1 - progress) / self.c.lr_decay) if self.c.lr_decay else 1
         for optimizer in self.optimizers.values():
             optimizer.lr.fill_(optimizer.full_lr * rate)
+        self.beta.fill_(self.c.beta * self.c.beta_end**progress)
         info = self.recorded[clone](replay, clone)
         self.updates += 1
         if self.targets is not None and self.updates % self.c.target_every == 0:
@@ -734,9 +737,8 @@ class Learner(nn.Module):
     def take_steps(self, replay, clone):
         """Take the gradient of each network's own loss alone, then step all optimizers."""
         losses, info = self.clone_losses(replay) if clone else self.losses(replay)
-        grads = {}
-        for name, loss in losses.items():
-            grads[name] = torch.autograd.grad(loss, self.optimizers[name].params)
+        grads = {name: torch.autograd.grad(loss, self.optimizers[name].params)
+                 for name, loss in losses.items()}
         for name, grad in grads.items():
             info[f"grad/{name}"] = self.optimizers[name].step(grad)
         return {name: value.detach() for name, value in info.items()}
@@ -857,7 +859,7 @@ class Agent(Learner):
             pi_loss, pi_info = actor_loss(self.critics, dream, reward, c)  # [W6]
             bc_loss = clone_loss(self.actor, expert_feat, expert_action)
         losses = {"world": world_loss, "disc": disc_loss, "critics": q_loss,
-                  "actor": pi_loss + c.beta * bc_loss}
+                  "actor": pi_loss + self.beta * bc_loss}
         return losses, {**info, **disc_info, **q_info, **pi_info, "bc": bc_loss}
 
     def critic_losses(self, dream, reward, feat, action):
@@ -990,7 +992,7 @@ class Trainer:
             while self.round < self.rounds:
                 self.with_workers(self.learn_offline if self.c.offline else self.play_round)
                 self.round, self.steps_in_round = self.round + 1, 0
-                self.checkpoint()  # a resumed run continues from here
+                self.checkpoint()  # a resumed run begins here
                 self.evaluate_if_due()
             say(f"done: {self.folder}; next: python {sys.argv[0]} --eval {self.folder}")
             return True
@@ -1060,9 +1062,8 @@ class Trainer:
 
     def update(self, clone):
         """Make one update, and at log steps write its metrics."""
-        left = 1 - self.agent.updates / self.updates_due(self.rounds * self.per_round)
-        rate = left / self.c.lr_decay if left < self.c.lr_decay else 1.0
-        info = self.agent.update(self.replay, clone, rate)
+        progress = self.agent.updates / self.updates_due(self.rounds * self.per_round)
+        info = self.agent.update(self.replay, clone, progress)
         if self.agent.updates % self.c.log_every == 0:
             with torch.random.fork_rng():  # logging changes no update
                 self.log({**info, **self.agent.report(self.replay)})
@@ -1098,7 +1099,7 @@ class Trainer:
             except envs.WORKER_GONE as error:
                 self.check_stop()  # signals reach workers too
                 if self.c.num_envs == 1:
-                    raise  # the environment's own error
+                    raise  # its own error
                 codes = [process.exitcode for process in self.vec.processes]
                 say(f"an environment's process died ({error!r}; exit codes {codes})")
                 envs.close(self.vec)
@@ -1373,9 +1374,9 @@ def parse(argv):
     """Parse argv -> (dict of the config fields given, namespace of the other options)."""
     parser = argparse.ArgumentParser(
         prog="cmil.py", allow_abbrev=False,
-        description=__doc__.split("\n")[0] + " The defaults are those of --preset paper.")
+        description=__doc__.split("\n")[0] + " Defaults: --preset paper.")
     path = os.path.expanduser
-    parser.error = lambda message: die(f"{message}; see python cmil.py --help")
+    parser.error = lambda message: die(f"{message}; see --help")
     parser.add_argument("--eval", metavar="RUN", type=path, help="evaluate a run")
     parser.add_argument("--episodes", type=int, default=100, help="of --eval (100)")
     parser.add_argument("--video", metavar="FILE.gif", type=path, help="film of --eval")
@@ -1444,8 +1445,7 @@ def check_config(c):
         value = getattr(c, field.name)
         for name, limit in field.metadata["limits"].items():
             if not LIMITS[name](value, limit):
-                expected = f"{name.replace('_', ' ')} {limit}"
-                die(f"{flag(field.name)} {value}: expected {expected}")
+                die(f"{flag(field.name)} {value}: expected {name.replace('_', ' ')} {limit}")
 
 def load_policy(run, **changes):
     """Load a run's trained agent; torch and numpy suffice. changes: fields of EVAL_MAY_CHANGE.
