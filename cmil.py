@@ -149,7 +149,7 @@ class Config:
                          choices=("logit", "sigmoid", "none"))
     alpha: float = option(10.0, "weight of disagreement [P10]", at_least=0)
     beta: float = option(10.0, "weight of cloning [W6]; 0: none", at_least=0)
-    beta_end: float = option(1.0, "its share left at the end", above=0, at_most=1)
+    beta_end: float = option(1.0, "beta's share left at the end", above=0, at_most=1)
     sigma: float = option(math.sqrt(2.5), "std of noise on D's input [P8]", at_least=0)
     reward_noise: bool = option(False, "[C]: noise in the reward too")
     target: str = option("min", "[W] min of targets; [C] random", choices=("min", "random"))
