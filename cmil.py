@@ -687,7 +687,7 @@ class Learner(nn.Module):
     """What methods share. A subclass assigns its networks, calls set_up(), and defines
     losses(replay) -> losses, info: the loss of each network to step, by its name, and what to log;
     clone_losses(replay): the same for pretraining, on demonstrations alone;
-    act(image, carry, sample): as Agent.act."""
+    act(image, carry, sample): as Agent.act. check(c) may refuse a configuration."""
     def __init__(self, c):
         super().__init__()
         self.c = c
@@ -709,7 +709,7 @@ class Learner(nn.Module):
             self.targets = copy.deepcopy(targets).requires_grad_(False)
 
     @staticmethod
-    def check(c):  # may refuse it
+    def check(c):
         if c.reward == "none" and not (c.offline and c.beta):
             die("--reward none needs --offline and a --beta above 0")
 
@@ -897,7 +897,8 @@ class Agent(Learner):
 METHODS = {  # name -> (class, fields it overrides); baselines.py adds methods
     "cmil": (Agent, {}),
     "vmail": (Agent, dict(members=1, alpha=0.0, beta=0.0, seed_steps=0)),
-    "dgail": (Agent, dict(members=1, alpha=0.0, beta=0.0, offline=True)),
+    "dgail": (Agent, dict(members=1, alpha=0.0, beta=0.0, offline=True,
+                          sample_grad="released", entropy=0.03, lr_decay=0.5)),
     "dbc": (Agent, dict(reward="none", offline=True)),
 }
 
@@ -1181,7 +1182,7 @@ class Progress:
                     from tqdm import tqdm
                     Progress.bar = tqdm(desc=phase, initial=done, total=total, leave=False)
         if self.bar is not None:
-            with suppress(OSError):  # the terminal is lost
+            with suppress(OSError):  # a lost terminal
                 self.bar.update(done - self.bar.n)
         elif now - self.shown >= 10 and done > self.first:
             self.shown, rate = now, (done - self.first) / (now - self.start)
@@ -1207,9 +1208,8 @@ def task_metrics(info):
     return {name.removeprefix("log/"): np.array(info[name], float) for name in names}
 
 def rollouts(agent, vec, steps, episodes, seed, stream, sample, progress, check_stop=lambda: None):
-    """Run `episodes` episodes of `steps` steps, as many at a time as `vec` has environments.
-    -> dict of success, return and the environment's own measures (arrays of length `episodes`), and
-    video (steps+1, 64, 64, 3) uint8 of the first. torch's random state stays as it was."""
+    """Run `episodes` episodes of `steps` steps in `vec` -> dict of success, return and the task's
+    measures, arrays (episodes,); video (steps+1, 64, 64, 3) uint8 of the first episode."""
     results, video, N = {}, [], vec.num_envs
     with torch.random.fork_rng():
         for done in range(0, episodes, N):
@@ -1312,7 +1312,7 @@ def load_checkpoint(folder, agent):
     paths = [folder / "checkpoint.pt", folder / "checkpoint.prev.pt"]
     for path in filter(Path.exists, paths):
         try:
-            if zipfile.ZipFile(path).testzip():  # torch.load misses flipped bytes
+            if zipfile.ZipFile(path).testzip():  # torch.load misses bit flips
                 raise ValueError("checksum")
             state = torch.load(path, weights_only=True, map_location="cpu")
         except (OSError, MemoryError):
