@@ -26,8 +26,8 @@ class Ditto(cmil.Agent):
     dream        s0 ->   s1 ->   s2 ->   s3       the policy, in the model
     reward      [r0]    [r1]    [r2]              r_t = match(s_{t+1}, z_{t+1})
 
-    Departures from [T]: after pretraining, world model and policy learn together; the actor's
-    gradient goes through the dynamics; networks, rates, gamma and H are CMIL's; D is unused."""
+    Departures from [T]: world model and policy learn together after pretraining; gradients go
+    through the dynamics; gamma, H and networks are CMIL's; rates fall at the end; D is unused."""
 
     @staticmethod
     def check(c):
@@ -101,17 +101,16 @@ class PixelDAC(PixelAgent):
     """pdac: discriminator-actor-critic from pixels without a model, the baseline of [P].
 
     From [A]: D's logit as reward, gradient penalty 10. From [Q]: shifts of 4 pixels, stacks, 3-step
-    returns, an embedding of 50, targets that follow at a rate of .01, Adam's epsilon, samples with
-    gradient 1 and a std that falls from 1 to .1 (here in the first half of the run).
+    returns, an embedding of 50, targets that follow at a rate of .01, Adam's rate and epsilon,
+    samples with gradient 1, a std that falls from 1 to .1 (here in the first half of the run).
 
     row t        0    1    2    3    4    5       n = 3
     stacks     [x0   x1   x2]  and  [x3 x4 x5]    embed e2 and e5: a stack stands at its last row
     rewards                r2   r3   r4           r_t = D's logit of (e_t, a_t)
     target     y2 = r2 + g r3 + g^2 r4 + g^3 min_i Qbar_i(e5, a'),  a' ~ pi(.|e5)
 
-    Departures: D and actor see the critics' embedding ([Q]: a trunk each); the policy's output
-    before tanh is kept small; sizes and rates are CMIL's; episodes have a fixed length, hence no
-    absorbing states; a batch is all of B windows."""
+    Departures: D and actor see the critics' embedding ([Q]: a trunk each); the output before tanh
+    is kept small; sizes, batches and D's rate are CMIL's; equal lengths need no absorbing state."""
     FRAMES, STEPS, PENALTY, EMBED, TAU, SMALL = 3, 3, 10.0, 50, 0.01, 0.01
 
     def __init__(self, c, action, device):
@@ -208,8 +207,9 @@ def random_shift(x, pad=4):
 
 cmil.METHODS.update({
     "bc": (PixelBC, dict(reward="none", offline=True)),
-    "ditto": (Ditto, dict(members=1, beta=0.0, offline=True)),
-    "pdac": (PixelDAC, dict(pretrain=0, target_every=1, adam_eps=1e-8, sample_grad="released")),
+    "ditto": (Ditto, dict(members=1, beta=0.0, offline=True, lr_decay=0.5)),
+    "pdac": (PixelDAC, dict(pretrain=0, target_every=1, lr=1e-4, adam_eps=1e-8,
+                            sample_grad="released")),
 })
 
 if __name__ == "__main__":
