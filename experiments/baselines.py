@@ -26,8 +26,8 @@ class Ditto(cmil.Agent):
     dream        s0 ->   s1 ->   s2 ->   s3       the policy, in the model
     reward      [r0]    [r1]    [r2]              r_t = match(s_{t+1}, z_{t+1})
 
-    Departures from [T]: world model and policy learn together after pretraining; gradients go
-    through the dynamics; gamma, H and networks are CMIL's; rates fall at the end; D is unused."""
+    Departures from [T]: world model and policy learn together after pretraining; the actor's
+    gradient goes through the dynamics; gamma, H, networks are CMIL's; rates fall; D is unused."""
 
     @staticmethod
     def check(c):
@@ -110,7 +110,7 @@ class PixelDAC(PixelAgent):
     target     y2 = r2 + g r3 + g^2 r4 + g^3 min_i Qbar_i(e5, a'),  a' ~ pi(.|e5)
 
     Departures: D and actor see the critics' embedding ([Q]: a trunk each); the output before tanh
-    is kept small; sizes, batches and D's rate are CMIL's; equal lengths need no absorbing state."""
+    is kept small; sizes, batches, gamma, D's rate: CMIL's; equal lengths: no absorbing state."""
     FRAMES, STEPS, PENALTY, EMBED, TAU, SMALL = 3, 3, 10.0, 50, 0.01, 0.01
 
     def __init__(self, c, action, device):
