@@ -101,8 +101,8 @@ class PixelDAC(PixelAgent):
     """pdac: discriminator-actor-critic from pixels without a model, the baseline of [P].
 
     From [A]: D's logit as reward, gradient penalty 10. From [Q]: shifts of 4 pixels, stacks, 3-step
-    returns, an embedding of 50, targets that follow at a rate of .01, Adam's rate and epsilon,
-    samples with gradient 1, a std that falls from 1 to .1 (here in the first half of the run).
+    returns, an embedding of 50, targets that follow at a rate of .01, Adam with lr 1e-4 and
+    eps 1e-8, samples with gradient 1, a std that falls from 1 to .1 (here in half of the run).
 
     row t        0    1    2    3    4    5       n = 3
     stacks     [x0   x1   x2]  and  [x3 x4 x5]    embed e2 and e5: a stack stands at its last row
