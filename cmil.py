@@ -99,7 +99,7 @@ class Config:
     preset: str = option("auto", "auto: by device", choices=("auto", "paper", "small", "debug"))
     seed: int = option(0, "the random seed", at_least=0, at_most=2**32 - 1)
     logdir: str = option("", "folder; empty: runs/<env>-<algo>-s<seed>")
-    steps: int = option(250_000, "total environment steps [P]", above=0)
+    steps: int = option(250_000, "environment steps [P]", above=0)
     minutes: float = option(0.0, "stop after X minutes; 0: never", at_least=0)
     device: str = option("auto", "auto: CUDA if available", choices=("auto", "cpu", "cuda"))
     threads: int = option(0, "CPU threads; 0: torch's choice", at_least=0)
@@ -108,7 +108,7 @@ class Config:
 
     # Environment, demonstrations, logging
     tasks: str = option("", "kitchen: joined by +; empty: all four")
-    episode_steps: int = option(0, "T; 0: the environment's own", at_least=0)
+    episode_steps: int = option(0, "T; 0: env's own", at_least=0)
     robot_noise_ratio: float = option(0.0, "kitchen; 0: its own .01; [C] .1", at_least=0)
     num_envs: int = option(5, "environments in lockstep", above=0)
     demos: str = option("", "file or folder; empty: env's own")
@@ -164,7 +164,7 @@ class Config:
     lr_decay: float = option(0.0, "last share: rates fall to 0", at_least=0, at_most=1)
     adam_eps: float = option(1e-5, "Adam's epsilon", above=0)
     clip: float = option(100.0, "largest gradient norm", above=0)
-    weight_decay: float = option(1e-6, "shrinkage of weights per step", at_least=0)
+    weight_decay: float = option(1e-6, "weight decay per step", at_least=0)
     target_every: int = option(100, "updates between target copies", above=0)
 
 PRESETS = {
@@ -184,14 +184,14 @@ PRESETS = {
         batch=4, length=8, horizon=4, pretrain=20, seed_steps=100, train_ratio=0.1),
 }
 
-# What an environment changes in a preset.
 SIMULATED = dict(steps=40_000, eval_every=3_000, eval_episodes=10)
 ENV_PRESETS = {
     ("point", "small"): dict(steps=6_000, image_std=1.0, conv_depth=8),
     # The kitchen's expert is done by about step 160 and then rests.
     ("kitchen", "small"): dict(SIMULATED, batch=12, length=20, episode_steps=175),
     ("baoding", "paper"): dict(length=25),  # [C]
-    ("baoding", "small"): dict(SIMULATED, batch=10, length=25, steps=28_000),
+    ("baoding", "small"): dict(SIMULATED, batch=10, length=25, min_std=0.03, lr_decay=0.3,
+                               demo_share=0.5, beta_end=0.03),
 }
 
 # What a resumed run and --eval may change; other differences are refused.
