@@ -197,7 +197,7 @@ ENV_PRESETS = {
 # What a resumed run and --eval may change; other differences are refused.
 RESUME_MAY_CHANGE = ("steps", "minutes", "log_every", "eval_every", "eval_episodes", "threads",
                      "graph", "logdir", "demos")
-EVAL_MAY_CHANGE = ("seed", "device", "threads", "num_envs")
+EVAL_MAY_CHANGE = ("seed", "device", "threads", "num_envs", "episode_steps")
 
 # === Helpers ======================================================================================
 
@@ -1480,7 +1480,7 @@ def evaluate_run(run, episodes, video, changes):
         if video and not sample:
             write_gif(Path(video), frames, vec)
     envs.close(vec)
-    Progress.bar = None  # removes it
+    Progress.bar = None
     print(json.dumps(report))
 
 def main(argv=None):

@@ -1334,19 +1334,19 @@ def test_training_episodes_have_their_own_resets(uninterrupted, uninterrupted_tw
     assert (np.array(one) == two).all() and len({image.tobytes() for image in one}) == 5
 
 def test_eval_prints_one_json_object(uninterrupted, tmp_path, monkeypatch, capsys):
-    """Modes, then samples, on the seeds of FINAL; modes against a loop by hand; a film."""
+    """Modes, then samples, on the seeds of FINAL; modes by hand; a film; longer episodes."""
     folder, answers, acted = uninterrupted[0], [], []
     files, act = files_in(folder), cmil.Agent.act
     def noted(self, image, carry=None, sample=True):
         acted.append(sample)
         return act(self, image, carry, sample)
     monkeypatch.setattr(cmil.Agent, "act", noted)
-    words = ["--eval", folder, "--episodes", 3, "--seed", 7, "--video", tmp_path / "x.gif"]
+    words = f"--eval {folder} --episodes 3 --episode-steps 12 --seed 7 --video {tmp_path}/x.gif"
     for _ in range(2):
-        cmil.main([*map(str, words)])
+        cmil.main(words.split())
         [line] = capsys.readouterr().out.splitlines()
         answers.append(json.loads(line))
-    assert answers[0] == answers[1] and acted == 2 * (30 * [False] + 30 * [True])
+    assert answers[0] == answers[1] and acted == 2 * (36 * [False] + 36 * [True])
     assert answers[0].keys() == {"episodes", "seed", "update", "modes", "sampled"}
     assert [answers[0][key] for key in ("episodes", "seed", "update")] == [3, 7, 19]
     for kind in ("modes", "sampled"):
@@ -1356,12 +1356,12 @@ def test_eval_prints_one_json_object(uninterrupted, tmp_path, monkeypatch, capsy
     from PIL import Image, ImageSequence
     with Image.open(tmp_path / "x.gif") as gif:  # equal neighbours are stored as one, longer
         shown = sum(frame.info["duration"] for frame in ImageSequence.Iterator(gif))
-        assert gif.size == (256, 256) and shown == pytest.approx(11 * 1000 / 12, rel=0.05)
-    policy, env = cmil.load_policy(folder), envs.make_env("point", episode_steps=10)
+        assert gif.size == (256, 256) and shown == pytest.approx(13 * 1000 / 12, rel=0.05)
+    policy, env = cmil.load_policy(folder), envs.make_env("point", episode_steps=12)
     totals = []
     for seed in cmil.env_seeds(7, cmil.FINAL, 0, 3):
         image, carry, total = env.reset(seed=seed)[0], None, 0.0
-        for _ in range(10):
+        for _ in range(12):
             action, carry = policy.act(image[None], carry, sample=False)
             image, reward, *_ = env.step(action[0])
             total += reward

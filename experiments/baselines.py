@@ -103,14 +103,14 @@ class PixelDAC(PixelAgent):
     From [A]: D's logit as reward, gradient penalty 10. From [Q]: shifts of 4 pixels, stacks, 3-step
     returns, an embedding of 50, targets that follow at a rate of .01, Adam with lr 1e-4 and
     eps 1e-8, samples with gradient 1, a std that falls from 1 to .1 (here in half of the run).
+    Departures: D, actor, targets see the critics' embedding ([Q]: a trunk each); the normal is
+    truncated ([Q]: clamped, its noise clipped at .3); the output before tanh is kept small; sizes,
+    batches, gamma, seed rounds, decay, D's rate: CMIL's; equal lengths: no absorbing state.
 
     row t        0    1    2    3    4    5       n = 3
     stacks     [x0   x1   x2]  and  [x3 x4 x5]    embed e2 and e5: a stack stands at its last row
     rewards                r2   r3   r4           r_t = D's logit of (e_t, a_t)
-    target     y2 = r2 + g r3 + g^2 r4 + g^3 min_i Qbar_i(e5, a'),  a' ~ pi(.|e5)
-
-    Departures: D and actor see the critics' embedding ([Q]: a trunk each); the output before tanh
-    is kept small; sizes, batches, gamma, D's rate: CMIL's; equal lengths: no absorbing state."""
+    target     y2 = r2 + g r3 + g^2 r4 + g^3 min_i Qbar_i(e5, a'),  a' ~ pi(.|e5)"""
     FRAMES, STEPS, PENALTY, EMBED, TAU, SMALL = 3, 3, 10.0, 50, 0.01, 0.01
 
     def __init__(self, c, action, device):
