@@ -164,7 +164,7 @@ class Config:
     lr_decay: float = option(0.0, "last share: rates fall to 0", at_least=0, at_most=1)
     adam_eps: float = option(1e-5, "Adam's epsilon", above=0)
     clip: float = option(100.0, "largest gradient norm", above=0)
-    weight_decay: float = option(1e-6, "weight decay per step", at_least=0)
+    weight_decay: float = option(1e-6, "weights shrink per step", at_least=0)
     target_every: int = option(100, "updates between target copies", above=0)
 
 PRESETS = {
