@@ -2190,7 +2190,7 @@ def test_demos_replay_to_their_states(world_name, world, dark):
     """From their seeds alone (of the kitchen's, every fourth); tasks are done, success stays."""
     from recording import full_state
     demos = stored(world_name)
-    count, every = {"point": (10, 1), "kitchen": (10, 4), "baoding": (20, 1)}[world_name]
+    count, every = {"point": (10, 1), "kitchen": (20, 4), "baoding": (20, 1)}[world_name]
     assert (HERE / "demos" / f"{world_name}.npz").stat().st_size <= 1e6
     assert len(set(demos["seed"].tolist())) == len(demos["seed"]) == count
     assert demos["action"].shape == (count, world.episode_steps, world.action_dim)
