@@ -256,8 +256,8 @@ PHASES = [
           lambda s: s.from_kettle() > 0.13, contact=True,
           check=lambda s: s.kettle[1] > 0.6 and s.kettle[2] < 1.66),
     # Light: push the lever to the left. The hand points forward and up, so that the closed fingers
-    # cross the lever, and 2 cm of error in any direction do no harm. Fingers parallel to the lever
-    # slip off it after 1 cm, less than half a pixel of the agent's picture.
+    # cross the lever: 1 cm of error in any direction does no harm, and 2 cm seldom. Fingers
+    # parallel to the lever slip off it 1 cm too high, half a pixel of the agent's picture.
     Phase("ls_pre", CLOSED, 35, near=0.06),
     Phase("ls_in", CLOSED, 12, at(-0.305, 0.61, 2.308), near=0.015, contact=True),
     Phase("ls_push", CLOSED, 20, lambda s: np.array([max(s.tool[0] - 0.06, -0.50), 0.61, 2.308]),
