@@ -125,6 +125,8 @@ class Config:
     members: int = option(10, "K, prior heads", above=0)
     units: int = option(400, "units of actor and critics", above=0)
     layers: int = option(4, "layers of actor and critics", above=0)
+    actor_units: int = option(0, "units of the actor; 0: as the critics", at_least=0)
+    actor_layers: int = option(0, "its layers; 0: as the critics", at_least=0)
     min_std: float = option(0.1, "smallest policy std", above=0, at_most=1)
     sample_grad: str = option("exact", "of a policy's sample", choices=("exact", "released"))
     critics: int = option(2, "m, critics", above=0)
@@ -149,6 +151,7 @@ class Config:
                          choices=("logit", "sigmoid", "none"))
     alpha: float = option(10.0, "weight of disagreement [P10]", at_least=0)
     beta: float = option(10.0, "weight of cloning [W6]; 0: none", at_least=0)
+    clone_power: float = option(0.0, "weights std^2p in cloning", at_least=0, at_most=1)
     beta_end: float = option(1.0, "beta's share left at the end", above=0, at_most=1)
     sigma: float = option(math.sqrt(2.5), "std of noise on D's input [P8]", at_least=0)
     reward_noise: bool = option(False, "[C]: noise in the reward too")
@@ -249,7 +252,7 @@ def kl_normal(mean_p, std_p, mean_q, std_q):
 
 class TruncatedNormal:
     """Independent normals truncated to [-1, 1], with loc inside: the policy's distribution.
-    loc, scale (..., A), float32. log_prob and entropy sum over A and are exact."""
+    loc, scale (..., A), float32. log_probs of A stand apart; entropy sums over A. Both are exact."""
     def __init__(self, loc, scale, sample_grad="exact"):
         self.loc, self.scale, self.sample_grad = loc, scale, sample_grad
         self.mode = loc
@@ -266,11 +269,11 @@ class TruncatedNormal:
         inside = x.clamp(-1 + 1e-6, 1 - 1e-6)
         return x + (inside - x).detach()  # straight-through
 
-    def log_prob(self, x):
-        """x (..., A) -> (...). Demo actions reach +-1, where the density is still positive."""
+    def log_probs(self, x):
+        """x (..., A) -> (..., A). Demo actions reach +-1, where the density is still positive."""
         z = (x.clamp(-1 + 1e-6, 1 - 1e-6) - self.loc) / self.scale
         log_density = -0.5 * z**2 - 0.5 * math.log(2 * math.pi) - self.scale.log()
-        return (log_density - self.mass.log()).sum(-1)
+        return log_density - self.mass.log()
 
     def entropy(self):
         """(...): log(sqrt(2 pi e) scale mass) + (low phi(low) - high phi(high)) / (2 mass)."""
@@ -359,9 +362,10 @@ class Decoder(nn.Module):
 
 class Actor(nn.Module):
     """pi(a|s): a truncated normal on [-1, 1]."""
-    def __init__(self, feat, action, units, layers, min_std, sample_grad="exact"):
+    def __init__(self, feat, action, c):
         super().__init__()
-        self.min_std, self.sample_grad = min_std, sample_grad
+        self.min_std, self.sample_grad = c.min_std, c.sample_grad
+        units, layers = c.actor_units or c.units, c.actor_layers or c.layers
         self.layers = mlp(feat, units, layers, 2 * action)
 
     def forward(self, feat):
@@ -608,10 +612,16 @@ def actor_loss(critics, dream, reward, c):
         "reward": reward.mean(), "reward_std": reward.std(), "lambda_return": returns.mean(),
         "entropy": dream.entropy.mean(), "uncertainty": dream.disagreement.mean()}
 
-def clone_loss(actor, feat, action):
-    """BC: -log pi(a_t|s_t) on the expert's pairs. feat (L, B, F), action (L, B, A) -> loss."""
+def clone_loss(actor, feat, action, c):
+    """BC on the expert's pairs: feat (L, B, F), action (L, B, A) -> loss."""
     s, a = state_action_pairs(feat, action)
-    return -actor(s.detach()).log_prob(a).mean()
+    return negative_log_prob(actor(s.detach()), a, c)
+
+def negative_log_prob(policy, a, c):
+    """Mean of -log pi(a|s). c.clone_power p weights every state and dimension by std^2p: without,
+    a mean with a large std learns slowly (beta-NLL, Seitzer et al. 2022). a (..., A) -> loss."""
+    weight = policy.scale.detach() ** (2 * c.clone_power)  # (..., A)
+    return -(weight / weight.mean() * policy.log_probs(a)).sum(-1).mean()
 
 def target_values(target_critics, dream, reward, c):
     """Vbar_0 (H+1, N), Vbar (H, N) [W5] of a dream with rewards (H, N), by target critics."""
@@ -790,7 +800,7 @@ class Agent(Learner):
         feat, self.action_size = c.stoch + c.deter, action
         self.critics = Critics(c.critics, feat, action, c.units, c.layers)
         self.world = WorldModel(c, action)
-        self.actor = Actor(feat, action, c.units, c.layers, c.min_std, c.sample_grad)
+        self.actor = Actor(feat, action, c)
         self.disc = Discriminator(feat, action, c.disc_units, c.disc_layers)
         self.set_up(device, targets=self.critics)
 
@@ -816,7 +826,7 @@ class Agent(Learner):
         with self.autocast():
             post = self.world.rssm.observe(self.world.encoder(image), action)
             world_loss, info = world_model_loss(self.world, image, post, c)  # [P1]
-            bc_loss = clone_loss(self.actor, post.feat.detach(), action)
+            bc_loss = clone_loss(self.actor, post.feat.detach(), action, c)
         losses = {"world": world_loss}
         if c.beta:  # vmail, dgail and ditto never clone
             losses["actor"] = bc_loss
@@ -857,7 +867,7 @@ class Agent(Learner):
             # Critics and actor: towards TD(lambda) of the rewards, and near the demonstrations.
             q_loss, q_info = self.critic_losses(dream, reward, feat, action)  # [W9]
             pi_loss, pi_info = actor_loss(self.critics, dream, reward, c)  # [W6]
-            bc_loss = clone_loss(self.actor, expert_feat, expert_action)
+            bc_loss = clone_loss(self.actor, expert_feat, expert_action, c)
         losses = {"world": world_loss, "disc": disc_loss, "critics": q_loss,
                   "actor": pi_loss + self.beta * bc_loss}
         return losses, {**info, **disc_info, **q_info, **pi_info, "bc": bc_loss}

@@ -213,15 +213,16 @@ def test_kl_normal_against_an_integral():
 @pytest.mark.parametrize("loc, scale", [
     (0.0, 0.1), (0.3, 0.5), (-0.999, 0.3), (0.9, 0.1), (0.3, 2.1), (1.0, 2.1), (-1.0, 0.1)])
 def test_truncated_normal_against_integrals(loc, scale):
-    """log_prob (also at +-1), entropy, mode of A = 2; samples by Kolmogorov-Smirnov, at 1e-6."""
+    """log_probs (also at +-1), entropy, mode of A = 2; samples by Kolmogorov-Smirnov, at 1e-6."""
     x, n = np.linspace(-1, 1, 400_001), 200_000
     p, q = (np.exp(-0.5 * ((x - m) / std) ** 2) for m, std in ((loc, scale), (-0.5, 0.2)))
     p, q = p / integral(p, x), q / integral(q, x)
     policy = cmil.TruncatedNormal(torch.tensor([loc, -0.5]), torch.tensor([scale, 0.2]))
     pick = np.linspace(0, len(x) - 1, 41).astype(int)  # both ends are among them
     pick = pick[p[pick] > 1e-30]
-    log_prob = policy.log_prob(torch.tensor([[a, -0.9] for a in x[pick]], dtype=torch.float32))
-    near(log_prob, np.log(p[pick]) + np.log(q[len(x) // 20]), rtol=1e-4, atol=2e-3)
+    log_probs = policy.log_probs(torch.tensor([[a, -0.9] for a in x[pick]], dtype=torch.float32))
+    near(log_probs[:, 0], np.log(p[pick]), rtol=1e-4, atol=2e-3)
+    near(log_probs[:, 1], np.full(len(pick), np.log(q[len(x) // 20])), rtol=1e-4, atol=2e-3)
     entropy = -sum(integral(y * np.log(np.maximum(y, 1e-300)), x) for y in (p, q))
     assert policy.entropy().item() == approx(entropy, abs=1e-4)
     assert policy.mode.tolist() == approx([x[p.argmax()], -0.5], abs=1e-5)
@@ -262,7 +263,7 @@ def test_truncated_normal_gradients_are_finite():
     loc = torch.tensor([-1.0, -0.99999, 0.0, 1.0]).repeat(200_000)[:, None].requires_grad_()
     scale = torch.tensor([0.1, 2.1]).repeat_interleave(400_000)[:, None].requires_grad_()
     pi, ends = cmil.TruncatedNormal(loc, scale), torch.ones_like(loc)
-    for value in (pi.rsample(), pi.log_prob(ends), pi.log_prob(-ends), pi.entropy()):
+    for value in (pi.rsample(), pi.log_probs(ends), pi.log_probs(-ends), pi.entropy()):
         gradients = torch.autograd.grad(value.sum(), (loc, scale), retain_graph=True)
         assert all(torch.isfinite(x).all() for x in (value, *gradients))
 
@@ -337,7 +338,7 @@ def test_the_decoder_is_four_transposed_convolutions():
 
 def test_actor_distribution():
     """loc = tanh, scale = 2 sigmoid(x / 2) + min_std, from the two halves of the last layer."""
-    actor, feat = randomize(cmil.Actor(4, 2, 8, 2, 0.03)), torch.randn(6, 4)
+    actor, feat = randomize(cmil.Actor(4, 2, config(units=8, layers=2, min_std=0.03))), torch.randn(6, 4)
     x = elu(linear(actor.layers[2], elu(linear(actor.layers[0], numbers(feat)))))
     loc, scale = np.split(linear(actor.layers[4], x), 2, -1)
     near(actor(feat).loc, np.tanh(loc))
@@ -409,7 +410,7 @@ def test_drawn_prior_trains_one_head_at_each_time_step():
 
 def test_imagination_draws_a_member_at_every_step():
     """The imagined states jump between the members' means, all rows of a step together."""
-    rssm, actor = small_rssm(), cmil.Actor(10, 2, 8, 1, 0.1)
+    rssm, actor = small_rssm(), cmil.Actor(10, 2, config(units=8, layers=1))
     for weight in rssm.priors.weights:
         nn.init.zeros_(weight)
     bias = rssm.priors.biases[-1].data[:, 0]  # (K, 2 S)
@@ -514,7 +515,7 @@ def test_conservative_reward_is_literally_P10():
 
 def test_dream_rows():
     """u_t: spread of the priors of s_{t+1}. a_t ~ pi(.|stop_grad(s_t)) has no gradient of s_0."""
-    rssm, actor = small_rssm(), randomize(cmil.Actor(10, 2, 8, 1, 0.1))
+    rssm, actor = small_rssm(), randomize(cmil.Actor(10, 2, config(units=8, layers=1)))
     stoch, first_action = torch.randn(5, 4, requires_grad=True), torch.randn(5, 2)
     start = cmil.State(stoch, torch.randn(5, 6), torch.zeros(5, 4), torch.ones(5, 4))
     dream = cmil.imagine(rssm, actor, start, first_action, 3)
@@ -626,8 +627,8 @@ def test_real_pairs_by_hand():
     assert data.flatten().tolist() == approx([0.5 + 0.75, 3 + 2.125])
     def actor(s):
         assert not s.requires_grad
-        return types.SimpleNamespace(log_prob=lambda a: -((a - s) ** 2).sum(-1))
-    loss = cmil.clone_loss(actor, s.clone().requires_grad_(), a)
+        return types.SimpleNamespace(scale=torch.ones_like(s), log_probs=lambda a: -((a - s) ** 2))
+    loss = cmil.clone_loss(actor, s.clone().requires_grad_(), a, c)
     assert loss.item() == approx(((0.5 - 1) ** 2 + (-1 - 2) ** 2) / 2)
 
 # === Who learns ===================================================================================
@@ -807,7 +808,8 @@ def test_bc_clones_single_frames_end_to_end():
     loss, = agent.clone_losses(replay)[0].values()
     torch.manual_seed(0)
     image, action = replay.sample(agent.c.batch, 1.0)
-    terms = [agent.policy(cmil.to_float(x)).log_prob(a) for x, a in zip(image[:-1], action[1:])]
+    terms = [agent.policy(cmil.to_float(x)).log_probs(a).sum(-1)
+             for x, a in zip(image[:-1], action[1:])]
     assert loss.item() == approx(-torch.stack(terms).mean().item(), rel=1e-4)
     assert touched(loss, agent.policy) == everything(agent.policy)
     first, carry = agent.act(image[0].numpy(), None, False)

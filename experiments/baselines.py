@@ -81,7 +81,7 @@ class PixelBC(PixelAgent):
     def __init__(self, c, action, device):
         super().__init__(c)
         encoder = cmil.Encoder(c.conv_depth)
-        actor = cmil.Actor(encoder.size, action, c.units, c.layers, c.min_std, c.sample_grad)
+        actor = cmil.Actor(encoder.size, action, c)
         self.policy = nn.Sequential(encoder, actor)
         self.set_up(device)
 
@@ -94,7 +94,7 @@ class PixelBC(PixelAgent):
         image, action = replay.sample(self.c.batch, demo_share=1)  # (L, B, ...)
         with self.autocast():
             x, a = cmil.state_action_pairs(cmil.to_float(image), action)
-            loss = -self.policy(x).log_prob(a).mean()
+            loss = cmil.negative_log_prob(self.policy(x), a, self.c)
         return {"policy": loss}, {"bc": loss}
 
 class PixelDAC(PixelAgent):
