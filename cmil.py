@@ -125,8 +125,8 @@ class Config:
     members: int = option(10, "K, prior heads", above=0)
     units: int = option(400, "units of actor and critics", above=0)
     layers: int = option(4, "layers of actor and critics", above=0)
-    actor_units: int = option(0, "units of the actor; 0: as the critics", at_least=0)
-    actor_layers: int = option(0, "its layers; 0: as the critics", at_least=0)
+    actor_units: int = option(0, "of the actor; 0: as units", at_least=0)
+    actor_layers: int = option(0, "of the actor; 0: as layers", at_least=0)
     min_std: float = option(0.1, "smallest policy std", above=0, at_most=1)
     sample_grad: str = option("exact", "of a policy's sample", choices=("exact", "released"))
     critics: int = option(2, "m, critics", above=0)
@@ -151,7 +151,7 @@ class Config:
                          choices=("logit", "sigmoid", "none"))
     alpha: float = option(10.0, "weight of disagreement [P10]", at_least=0)
     beta: float = option(10.0, "weight of cloning [W6]; 0: none", at_least=0)
-    clone_power: float = option(0.0, "weights std^2p in cloning", at_least=0, at_most=1)
+    clone_power: float = option(0.0, "p: weighs cloning by std^2p", at_least=0)
     beta_end: float = option(1.0, "beta's share left at the end", above=0, at_most=1)
     sigma: float = option(math.sqrt(2.5), "std of noise on D's input [P8]", at_least=0)
     reward_noise: bool = option(False, "[C]: noise in the reward too")
@@ -213,8 +213,6 @@ def say(text, stream=None):
     """Print at once. A lost terminal or a full disk must not end a run."""
     stream = stream or sys.stdout
     try:
-        if Progress.bar is not None:
-            Progress.bar.clear()
         print(text, file=stream, flush=True)
     except UnicodeEncodeError:
         print(text.encode("ascii", "backslashreplace").decode(), file=stream, flush=True)
@@ -252,7 +250,7 @@ def kl_normal(mean_p, std_p, mean_q, std_q):
 
 class TruncatedNormal:
     """Independent normals truncated to [-1, 1], with loc inside: the policy's distribution.
-    loc, scale (..., A), float32. log_probs of A stand apart; entropy sums over A. Both are exact."""
+    loc, scale (..., A), float32. log_probs and entropy are exact; entropy sums over A."""
     def __init__(self, loc, scale, sample_grad="exact"):
         self.loc, self.scale, self.sample_grad = loc, scale, sample_grad
         self.mode = loc
@@ -365,7 +363,8 @@ class Actor(nn.Module):
     def __init__(self, feat, action, c):
         super().__init__()
         self.min_std, self.sample_grad = c.min_std, c.sample_grad
-        units, layers = c.actor_units or c.units, c.actor_layers or c.layers
+        units = c.actor_units or c.units
+        layers = c.actor_layers or c.layers
         self.layers = mlp(feat, units, layers, 2 * action)
 
     def forward(self, feat):
@@ -620,8 +619,9 @@ def clone_loss(actor, feat, action, c):
 def negative_log_prob(policy, a, c):
     """Mean of -log pi(a|s). c.clone_power p weights every state and dimension by std^2p: without,
     a mean with a large std learns slowly (beta-NLL, Seitzer et al. 2022). a (..., A) -> loss."""
-    weight = policy.scale.detach() ** (2 * c.clone_power)  # (..., A)
-    return -(weight / weight.mean() * policy.log_probs(a)).sum(-1).mean()
+    weight = policy.scale.detach() ** (2 * c.clone_power)
+    weight = weight / weight.mean()
+    return -(weight * policy.log_probs(a)).sum(-1).mean()
 
 def target_values(target_critics, dream, reward, c):
     """Vbar_0 (H+1, N), Vbar (H, N) [W5] of a dream with rewards (H, N), by target critics."""
@@ -1176,25 +1176,16 @@ class Trainer:
         print(json.dumps(line), file=self.metrics, flush=True)
 
 class Progress:
-    """Show a phase, its speed and time left: a bar on a terminal with tqdm, else lines."""
-    bar = None
-
+    """Print a phase, its speed and the time left, every ten seconds."""
     def __init__(self):
         self.phase = ""
 
     def show(self, phase, done, total):
         now = time.monotonic()
         if phase != self.phase:
-            self.phase, self.start, self.first, self.shown = phase, now, done, now
-            Progress.bar = None  # removes it
-            if sys.stderr and sys.stderr.isatty():
-                with suppress(ImportError):  # tqdm is optional
-                    from tqdm import tqdm
-                    Progress.bar = tqdm(desc=phase, initial=done, total=total, leave=False)
-        if self.bar is not None:
-            with suppress(OSError):  # a lost terminal
-                self.bar.update(done - self.bar.n)
-        elif now - self.shown >= 10 and done > self.first:
+            self.phase, self.first = phase, done
+            self.start = self.shown = now
+        if now - self.shown >= 10 and done > self.first:
             self.shown, rate = now, (done - self.first) / (now - self.start)
             left = f"{(total - done) / rate / 60:.0f} minutes left"
             say(f"{phase} {done}/{total}, {rate:.2g} a second, {left}", sys.stderr)
@@ -1490,7 +1481,6 @@ def evaluate_run(run, episodes, video, changes):
         if video and not sample:
             write_gif(Path(video), frames, vec)
     envs.close(vec)
-    Progress.bar = None
     print(json.dumps(report))
 
 def main(argv=None):

@@ -221,8 +221,8 @@ def test_truncated_normal_against_integrals(loc, scale):
     pick = np.linspace(0, len(x) - 1, 41).astype(int)  # both ends are among them
     pick = pick[p[pick] > 1e-30]
     log_probs = policy.log_probs(torch.tensor([[a, -0.9] for a in x[pick]], dtype=torch.float32))
-    near(log_probs[:, 0], np.log(p[pick]), rtol=1e-4, atol=2e-3)
-    near(log_probs[:, 1], np.full(len(pick), np.log(q[len(x) // 20])), rtol=1e-4, atol=2e-3)
+    expected = np.stack([np.log(p[pick]), np.full(len(pick), np.log(q[len(x) // 20]))], -1)
+    near(log_probs, expected, rtol=1e-4, atol=2e-3)
     entropy = -sum(integral(y * np.log(np.maximum(y, 1e-300)), x) for y in (p, q))
     assert policy.entropy().item() == approx(entropy, abs=1e-4)
     assert policy.mode.tolist() == approx([x[p.argmax()], -0.5], abs=1e-5)
@@ -338,7 +338,8 @@ def test_the_decoder_is_four_transposed_convolutions():
 
 def test_actor_distribution():
     """loc = tanh, scale = 2 sigmoid(x / 2) + min_std, from the two halves of the last layer."""
-    actor, feat = randomize(cmil.Actor(4, 2, config(units=8, layers=2, min_std=0.03))), torch.randn(6, 4)
+    c, feat = config(actor_units=8, actor_layers=2, min_std=0.03), torch.randn(6, 4)
+    actor = randomize(cmil.Actor(4, 2, c))
     x = elu(linear(actor.layers[2], elu(linear(actor.layers[0], numbers(feat)))))
     loc, scale = np.split(linear(actor.layers[4], x), 2, -1)
     near(actor(feat).loc, np.tanh(loc))
@@ -631,6 +632,17 @@ def test_real_pairs_by_hand():
     loss = cmil.clone_loss(actor, s.clone().requires_grad_(), a, c)
     assert loss.item() == approx(((0.5 - 1) ** 2 + (-1 - 2) ** 2) / 2)
 
+def test_cloning_weights_by_hand():
+    """std .1, .3: power 1 weighs by .01, .09 over their mean, .05; power 0 by 1, 1."""
+    scale = torch.tensor([[0.1, 0.3]], requires_grad=True)
+    log_probs = torch.tensor([[2.0, -3.0]], requires_grad=True)
+    policy = types.SimpleNamespace(scale=scale, log_probs=lambda a: log_probs)
+    for power, weight in (0.0, [1.0, 1.0]), (1.0, [0.2, 1.8]):
+        log_probs.grad = None
+        cmil.negative_log_prob(policy, None, config(clone_power=power)).backward()
+        near(-log_probs.grad, [weight])
+    assert scale.grad is None
+
 # === Who learns ===================================================================================
 
 def touched(loss, module):
@@ -808,9 +820,8 @@ def test_bc_clones_single_frames_end_to_end():
     loss, = agent.clone_losses(replay)[0].values()
     torch.manual_seed(0)
     image, action = replay.sample(agent.c.batch, 1.0)
-    terms = [agent.policy(cmil.to_float(x)).log_probs(a).sum(-1)
-             for x, a in zip(image[:-1], action[1:])]
-    assert loss.item() == approx(-torch.stack(terms).mean().item(), rel=1e-4)
+    terms = [agent.policy(cmil.to_float(x)).log_probs(a) for x, a in zip(image[:-1], action[1:])]
+    assert loss.item() == approx(-torch.stack(terms).sum(-1).mean().item(), rel=1e-4)
     assert touched(loss, agent.policy) == everything(agent.policy)
     first, carry = agent.act(image[0].numpy(), None, False)
     _, carry = agent.act(image[1].numpy(), carry, False)
@@ -1506,19 +1517,6 @@ def test_progress(monkeypatch, capsys):
     assert "".join(capsys.readouterr()).splitlines() == [
         "training 140/1000, 2 a second, 7 minutes left",  # 40 in 20 s; 860 / 2 / 60
         "evaluating 10/1000, 0.1 a second, 165 minutes left"]  # 10 in 100 s; 990 / .1 / 60
-
-def test_progress_bar(monkeypatch, capsys):
-    """On a terminal: a bar for each phase, which makes way for text and vanishes."""
-    pytest.importorskip("tqdm")
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    progress = cmil.Progress()
-    for phase, done in (("training", 100), ("evaluating", 0)):
-        progress.show(phase, done, 1000)
-        cmil.say("hello", sys.stderr)
-    cmil.Progress.bar = None
-    error = capsys.readouterr().err
-    assert re.search("training: +10%.*100/1000.*evaluating: +0%", error, re.DOTALL)
-    assert len(re.findall("\r {20,}\rhello\n", error)) == 2 and error.endswith("\r")
 
 def test_padded_steps_have_no_action(tmp_path, monkeypatch):
     step = envs.Point._step
