@@ -123,10 +123,10 @@ class Config:
     deter: int = option(400, "D, GRU state", above=0)
     hidden: int = option(400, "units in the RSSM", above=0)
     members: int = option(10, "K, prior heads", above=0)
-    units: int = option(400, "units of actor and critics", above=0)
-    layers: int = option(4, "layers of actor and critics", above=0)
-    actor_units: int = option(0, "of the actor; 0: as units", at_least=0)
-    actor_layers: int = option(0, "of the actor; 0: as layers", at_least=0)
+    units: int = option(400, "of actor and critics", above=0)
+    layers: int = option(4, "of actor and critics", above=0)
+    actor_units: int = option(0, "0: as units", at_least=0)
+    actor_layers: int = option(0, "0: as layers", at_least=0)
     min_std: float = option(0.1, "smallest policy std", above=0, at_most=1)
     sample_grad: str = option("exact", "of a policy's sample", choices=("exact", "released"))
     critics: int = option(2, "m, critics", above=0)
@@ -187,14 +187,15 @@ PRESETS = {
         batch=4, length=8, horizon=4, pretrain=20, seed_steps=100, train_ratio=0.1),
 }
 
-SIMULATED = dict(steps=40_000, eval_every=3_000, eval_episodes=10)
+SIMULATED = dict(steps=28_000, eval_every=3_000, eval_episodes=10, lr_decay=0.3, demo_share=0.5)
 ENV_PRESETS = {
     ("point", "small"): dict(steps=6_000, image_std=1.0, conv_depth=8),
     # The kitchen's expert is done by about step 160 and then rests.
-    ("kitchen", "small"): dict(SIMULATED, batch=12, length=20, episode_steps=175),
+    ("kitchen", "small"): dict(
+        SIMULATED, batch=12, length=20, episode_steps=175, min_std=0.01, beta_end=0.1,
+        actor_units=400, actor_layers=4, clone_power=1.0),
     ("baoding", "paper"): dict(length=25),  # [C]
-    ("baoding", "small"): dict(SIMULATED, batch=10, length=25, min_std=0.03, lr_decay=0.3,
-                               demo_share=0.5, beta_end=0.03),
+    ("baoding", "small"): dict(SIMULATED, batch=10, length=25, min_std=0.03, beta_end=0.03),
 }
 
 # What a resumed run and --eval may change; other differences are refused.
@@ -1177,8 +1178,7 @@ class Trainer:
 
 class Progress:
     """Print a phase, its speed and the time left, every ten seconds."""
-    def __init__(self):
-        self.phase = ""
+    phase = ""
 
     def show(self, phase, done, total):
         now = time.monotonic()
