@@ -733,7 +733,7 @@ def test_update_uses_the_replay_half_and_the_demo_half(monkeypatch):
         assert (action == of_replay[:, None]).all() and torch.equal(feat, post.feat)
     assert given["model_critic_loss"][:3] == (agent.critics, V, dream)
     assert given["data_critic_loss"][:2] == (agent.critics, made["data_target"])
-    _, feat, action = given["clone_loss"]
+    _, feat, action, _ = given["clone_loss"]
     assert (action == 0.5).all() and torch.equal(feat[:-1], s)
     assert given["actor_loss"][:3] == (agent.critics, *of_dream)
     assert torch.equal(losses["actor"], made["actor_loss"][0] + 3 * made["clone_loss"])
