@@ -618,7 +618,7 @@ def clone_loss(actor, feat, action, c):
     return negative_log_prob(actor(s.detach()), a, c)
 
 def negative_log_prob(policy, a, c):
-    """Mean of -log pi(a|s). c.clone_power p weights every state and dimension by std^2p: without,
+    """Mean of -log pi(a|s), weighted by std^2p over its batch mean, p = c.clone_power; for p = 0
     a mean with a large std learns slowly (beta-NLL, Seitzer et al. 2022). a (..., A) -> loss."""
     weight = policy.scale.detach() ** (2 * c.clone_power)
     weight = weight / weight.mean()

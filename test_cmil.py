@@ -633,14 +633,14 @@ def test_real_pairs_by_hand():
     assert loss.item() == approx(((0.5 - 1) ** 2 + (-1 - 2) ** 2) / 2)
 
 def test_cloning_weights_by_hand():
-    """std .1, .3: power 1 weighs by .01, .09 over their mean, .05; power 0 by 1, 1."""
-    scale = torch.tensor([[0.1, 0.3]], requires_grad=True)
-    log_probs = torch.tensor([[2.0, -3.0]], requires_grad=True)
+    """Power 1 weighs by the variances .01, .01, .09, .01 over their mean, .03; power 0 by 1."""
+    scale = torch.tensor([[0.1, 0.1], [0.3, 0.1]], requires_grad=True)
+    log_probs = torch.zeros(2, 2, requires_grad=True)
     policy = types.SimpleNamespace(scale=scale, log_probs=lambda a: log_probs)
-    for power, weight in (0.0, [1.0, 1.0]), (1.0, [0.2, 1.8]):
+    for power, weight in (0.0, [[1, 1], [1, 1]]), (1.0, [[1 / 3, 1 / 3], [3, 1 / 3]]):
         log_probs.grad = None
         cmil.negative_log_prob(policy, None, config(clone_power=power)).backward()
-        near(-log_probs.grad, [weight])
+        near(-2 * log_probs.grad, weight)  # a mean over two rows
     assert scale.grad is None
 
 # === Who learns ===================================================================================
